@@ -1,0 +1,65 @@
+"""What holds for every test: one thread, no network, a fresh simulated accelerator."""
+
+import os
+
+# Before torch is imported, which reads the first once. The models in the tests are so small that
+# OpenMP's waiting threads cost far more time than they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import gc
+import socket
+import sys
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# A shared machine can be slow for a moment; how long an example took says nothing about it.
+hypothesis.settings.register_profile("greenroom", deadline=None)
+hypothesis.settings.load_profile("greenroom")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    no_cuda = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(no_cuda)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse connections to other machines; nothing in the suite needs any."""
+    connect = socket.socket.connect
+
+    def connect_nearby(self: socket.socket, address: Any) -> None:
+        is_remote = self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in (
+            "localhost",
+            "127.0.0.1",
+            "::1",
+        )
+        if is_remote:
+            pytest.fail(f"a test tried to reach {address[0]}: tests run without a network")
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_nearby)
+
+
+@pytest.fixture(autouse=True)
+def fresh_simulator() -> None:
+    """Give each test the simulator's defaults and a clock at zero.
+
+    Only if the test's module has imported it: the pure parts need no simulator, and importing it
+    may compile.
+    """
+    sim = sys.modules.get("greenroom.sim")
+    if sim is None:
+        return
+    if torch.accelerator.memory_allocated() > 0:  # what the last test left in reference cycles
+        gc.collect()
+    sim.configure("rtx-4090")
