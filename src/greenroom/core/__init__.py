@@ -1,0 +1,1 @@
+"""What decides: pure Python, without torch, without a clock, without input or output."""

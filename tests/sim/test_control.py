@@ -1,0 +1,207 @@
+"""Setting the machine up wrong, breaking it on purpose, and reading what it recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sim.machines import ROUND
+
+import greenroom.sim as sim
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"profile": "rtx-4009"}, "rtx-4090"),
+        ({"profile": 4090}, "a name or a greenroom.sim.Profile"),
+        ({"devices": 0}, "a number from 1 to 16, not 0"),
+        ({"devices": True}, "a number from 1 to 16, not True"),
+        ({"capacity": "8 gigs"}, "'8 gigs' is no size"),
+        ({"capacity": -1}, "cannot be negative"),
+        ({"pinned_capacity": "lots"}, "'lots' is no size"),
+        ({"dry_above": "x"}, "'x' is no size"),
+        ({"races": "maybe"}, "'report', 'raise' or 'off', not 'maybe'"),
+    ],
+)
+def test_a_bad_configuration_is_refused_and_changes_nothing(
+    options: dict[str, Any], words: str
+) -> None:
+    sim.configure(ROUND, capacity="1MiB", devices=2)
+    with pytest.raises(ValueError, match=words):
+        sim.configure(**options)
+    assert sim.current_profile() is ROUND
+    assert torch.sim.mem_get_info()[1] == 2**20 and torch.sim.device_count() == 2
+
+
+def test_an_unknown_profile_names_the_near_miss() -> None:
+    with pytest.raises(sim.UnknownProfile, match="rtx-4090"):
+        sim.configure("rtx4090")
+
+
+def test_out_of_memory_says_what_was_asked_and_what_was_true() -> None:
+    sim.configure(capacity="1MiB")
+    keep = torch.empty(2**19, dtype=torch.uint8, device="sim")
+    words = (
+        r"Tried to allocate 1\.00 MiB\. Device 0 has a capacity of 1\.00 MiB, "
+        r"of which 0\.50 MiB is in use"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=words):
+        torch.empty(2**20, dtype=torch.uint8, device="sim")
+    assert torch.sim.memory_stats()["num_ooms"] == 1
+    assert torch.empty(2**19, dtype=torch.uint8, device="sim").numel() == keep.numel()
+
+
+# ---- faults --------------------------------------------------------------------------------------
+
+
+def allocate() -> None:
+    torch.empty(8, device="sim")
+
+
+def pin() -> None:
+    torch.empty(8, pin_memory=True)
+
+
+def copy() -> None:
+    torch.empty(8, device="sim").copy_(torch.zeros(8))
+
+
+def kernel() -> None:
+    torch.empty(8, device="sim").fill_(1)
+
+
+@pytest.mark.parametrize("nth", [1, 3])
+@pytest.mark.parametrize(
+    ("kind", "work", "error"),
+    [
+        ("device_alloc", allocate, torch.OutOfMemoryError),
+        ("pinned_alloc", pin, RuntimeError),
+        ("copy", copy, RuntimeError),
+        ("kernel", kernel, RuntimeError),
+    ],
+)
+def test_the_nth_fails_once(kind: Any, work: Any, error: type[Exception], nth: int) -> None:
+    sim.fail(kind, nth)
+    for _ in range(nth - 1):
+        work()
+    with pytest.raises(error, match=f"injected fault: {kind}"):
+        work()
+    work()
+
+
+def test_a_failed_kernel_has_done_nothing() -> None:
+    x = torch.ones(4, device="sim")
+    sim.fail("kernel")
+    with pytest.raises(RuntimeError):
+        x.add_(1)
+    assert x.cpu().tolist() == [1.0] * 4
+
+
+def test_a_failed_copy_has_done_nothing() -> None:
+    x, host = torch.ones(4, device="sim"), torch.zeros(4)
+    sim.fail("copy")
+    with pytest.raises(RuntimeError):
+        host.copy_(x)
+    assert host.eq(0).all()
+
+
+def test_every_allocation_of_a_program_can_fail() -> None:
+    """The n-th fails, n rises until the program gets through; the books balance every time."""
+
+    def program() -> float:
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+        return float(model.to("sim")(torch.ones(3, 8, device="sim")).sum().item())
+
+    for n in range(1, 100):
+        sim.reset()
+        sim.fail("device_alloc", n)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            program()
+            break
+        assert torch.sim.memory_allocated() == 0
+    assert 5 < n < 99
+
+
+def test_reset_forgets_faults_and_slow_links() -> None:
+    sim.fail("kernel")
+    sim.slow_link(100)
+    sim.reset()
+    kernel()
+    assert sim.counters().kernels == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: sim.fail("disk"), "there is no fault 'disk'"),  # type: ignore[arg-type]
+        (lambda: sim.fail("copy", 0), "nth counts from 1"),
+        (lambda: sim.slow_link(0), "factor is a positive number"),
+        (lambda: sim.slow_link(2, direction="up"), "direction is"),  # type: ignore[arg-type]
+        (lambda: sim.slow_link(2, device=3), "sim:3 does not exist"),
+        (lambda: sim.counters(1), "sim:1 does not exist"),
+        (lambda: sim.host_register(torch.empty(1, device="sim")), "only host memory"),
+        (lambda: sim.host_unregister(torch.empty(4)), "was not registered"),
+    ],
+)
+def test_bad_requests_are_refused(call: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        call()
+
+
+# ---- measuring -----------------------------------------------------------------------------------
+
+
+def test_measure_fills_its_value_also_when_the_block_raises() -> None:
+    with pytest.raises(KeyError), sim.measure() as cost:
+        kernel()
+        raise KeyError
+    assert cost.kernels == 1 and cost.seconds > 0
+
+
+def test_measured_blocks_nest() -> None:
+    with sim.measure() as outer:
+        big = torch.empty(2**20, dtype=torch.uint8, device="sim")
+        del big
+        with sim.measure() as inner:
+            torch.empty(2**10, dtype=torch.uint8, device="sim").fill_(0)
+    assert inner.peak_bytes == 2**10 and outer.peak_bytes == 2**20
+    assert outer.kernels == inner.kernels == 1
+
+
+def test_counters_go_on_until_reset() -> None:
+    kernel()
+    kernel()
+    assert sim.counters().kernels == 2
+    sim.reset()
+    assert sim.counters().kernels == 0 and sim.seconds() == 0.0
+
+
+def test_the_trace_opens_in_perfetto(tmp_path: Path) -> None:
+    sim.configure(ROUND, trace=True)
+    side = torch.sim.Stream()
+    x = torch.zeros(1000).pin_memory().to("sim", non_blocking=True)
+    torch.sim.synchronize()
+    with side:
+        x.add_(1)
+    side.synchronize()
+    sim.write_trace(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    spans = {event["name"]: event for event in events if event["ph"] == "X"}
+    lanes = {
+        event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"
+    }
+    assert lanes[spans["copy h2d pinned"]["tid"]] == "h2d"
+    assert spans["copy h2d pinned"]["args"] == {"bytes": 4000}
+    assert spans["copy h2d pinned"]["dur"] == pytest.approx(10 + 0.4)  # microseconds
+    assert lanes[spans["aten::add_"]["tid"]].startswith("stream ")
+    assert any(event["ph"] == "C" and event["args"]["bytes"] == 4096 for event in events)
+
+
+def test_without_trace_nothing_is_recorded() -> None:
+    kernel()
+    assert sim.trace()["traceEvents"] == []
