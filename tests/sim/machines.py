@@ -24,6 +24,7 @@ ROUND = dataclasses.replace(
     kernel_s=2e-6,
     pin_bytes_per_s=2e9,
     pin_s=1e-4,
+    host_copy_bytes_per_s=1e10,
 )
 
 __all__ = ["ROUND", "Profile"]

@@ -20,8 +20,6 @@ Fault = Literal["device_alloc", "pinned_alloc", "copy", "kernel"]
 _FAULTS = ("device_alloc", "pinned_alloc", "copy", "kernel")
 _PICO = 1e-12
 
-_profile: Profile = get_profile("rtx-4090")
-
 
 @dataclass(frozen=True)
 class Race:
@@ -103,7 +101,6 @@ def configure(
     Raises:
         UnknownProfile, ValueError: what was wrong and what is possible. Nothing has changed then.
     """
-    global _profile
     chosen = get_profile(profile) if isinstance(profile, str) else profile
     if not isinstance(chosen, Profile):
         raise ValueError(f"profile is a name or a greenroom.sim.Profile, not {profile!r}")
@@ -127,6 +124,7 @@ def configure(
         "copy_latency_s": link.latency_s,
         "pin_bytes_per_s": chosen.pin_bytes_per_s,
         "pin_s": chosen.pin_s,
+        "host_copy_bytes_per_s": chosen.host_copy_bytes_per_s,
         "trace": bool(trace),
     }
     _device.native.configure(
@@ -134,12 +132,12 @@ def configure(
         {dtype: float(rate) for dtype, rate in chosen.flops.items()},
         races,
     )
-    _profile = chosen
+    _device.profile = chosen
 
 
 def current_profile() -> Profile:
     """The profile in force."""
-    return _profile
+    return _device.profile
 
 
 def reset() -> None:

@@ -30,6 +30,8 @@ from torch.accelerator import (
     set_device_index as set_device,
 )
 
+from .profiles import Profile, get_profile
+
 __all__ = [
     "Event",
     "Stream",
@@ -72,7 +74,8 @@ __all__ = [
 
 Device: TypeAlias = "torch.device | int | str | None"
 
-native: Any = None  # the compiled module, set when greenroom.sim is imported
+native: Any = None  # the compiled simulator, set when greenroom.sim is imported
+profile: Profile = get_profile("rtx-4090")  # the machine in force, set by configure()
 
 
 def _index(device: Device = None) -> int:
@@ -170,9 +173,7 @@ class device:
 
 def get_device_name(device: Device = None) -> str:
     """The profile's name."""
-    from .control import current_profile
-
-    return f"greenroom simulated {current_profile().name}"
+    return f"greenroom simulated {profile.name}"
 
 
 def get_device_capability(device: Device = None) -> tuple[int, int]:

@@ -61,7 +61,8 @@ class Profile:
 
     `flops` maps names of torch dtypes to operations per second; `launch_s` is the host's time to
     issue a kernel, `kernel_s` the least time a kernel takes on the device. Pinning `n` bytes of
-    host memory takes `pin_s + n / pin_bytes_per_s`. `sources` maps the names of these fields to
+    host memory takes `pin_s + n / pin_bytes_per_s`, copying them within it
+    `n / host_copy_bytes_per_s`. `sources` maps the names of these fields to
     where the numbers come from. Equal profiles hash alike; the two mappings are left out of it.
     """
 
@@ -74,6 +75,7 @@ class Profile:
     kernel_s: float
     pin_bytes_per_s: float
     pin_s: float
+    host_copy_bytes_per_s: float
     sources: Mapping[str, str] = field(hash=False)
 
     def __post_init__(self) -> None:
@@ -198,6 +200,10 @@ _HOST_SOURCES = {
         "assumption: the median cudaHostAlloc of a run, 9.5 us (kekzl/imp#1653); with the free, "
         "a call that maps a fresh region costs up to 1.1 ms (lupinemachines/lupine#208)"
     ),
+    "host_copy_bytes_per_s": (
+        "torch.Tensor.copy_ of 256 MiB on one core of a cloud machine: 9.1 to 11.4e9; "
+        "assumption: the same on every host"
+    ),
 }
 
 
@@ -238,6 +244,7 @@ def _card(
         kernel_s=1.8e-6,
         pin_bytes_per_s=pin_gb_per_s * 1e9,
         pin_s=10e-6,
+        host_copy_bytes_per_s=10e9,
         sources={
             "memory_bytes": memory_from,
             "flops": flops_from,

@@ -29,6 +29,7 @@ void configure(const Numbers& values, const Numbers& flops, const std::string& r
   c.copy_latency_s = values.at("copy_latency_s");
   c.pin_bytes_per_s = values.at("pin_bytes_per_s");
   c.pin_s = values.at("pin_s");
+  c.host_copy_bytes_per_s = values.at("host_copy_bytes_per_s");
   c.trace = values.at("trace") != 0;
   c.races = races;
   std::map<std::string, double> rates;

@@ -242,10 +242,6 @@ c10::Storage make_storage(int device, size_t nbytes, DataPtr memory, bool zero) 
                       &sim_allocator, true);
 }
 
-c10::Allocator* pinned_allocator() {
-  return &sim_pinned_allocator;
-}
-
 at::Generator cpu_generator(const at::Generator& generator) {
   return static_cast<SimGenerator*>(generator.unsafeGetGeneratorImpl())->inner;
 }

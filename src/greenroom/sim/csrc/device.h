@@ -25,7 +25,6 @@ Block* block_of(const c10::Storage& storage);
 c10::DataPtr make_block(int device, size_t nbytes, c10::DataPtr memory = {}, bool zero = false);
 c10::Storage make_storage(int device, size_t nbytes, c10::DataPtr memory = {}, bool zero = false);
 
-c10::Allocator* pinned_allocator();
 at::Generator cpu_generator(const at::Generator& generator);  // the CPU generator inside a simulated one
 at::Generator default_generator(int device);
 

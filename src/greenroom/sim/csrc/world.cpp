@@ -8,23 +8,8 @@ namespace greenroom {
 
 namespace {
 
-constexpr int64_t kGranule = 512;  // torch's caching allocator rounds every request up to this
-
-int64_t round_up(int64_t n, int64_t unit) {
-  return (n + unit - 1) / unit * unit;
-}
-
-int64_t power_of_two(int64_t n) {
-  int64_t p = kGranule;
-  while (p < n) p *= 2;
-  return p;
-}
-
-std::string mib(int64_t n) {
-  char text[32];
-  std::snprintf(text, sizeof text, "%.2f MiB", double(n) / (1 << 20));
-  return text;
-}
+// Smaller copies within host memory cost nothing, like all else that the host's own code does.
+constexpr size_t kHostWork = size_t(64) << 10;
 
 uint64_t checksum(const char* bytes, size_t n) {
   uint64_t h = 1469598103934665603ull, word = 0;
@@ -159,177 +144,6 @@ void World::check_fault(const std::string& kind) {
 void World::slow_link(int device, const std::string& direction, double factor) {
   if (direction != "d2h") devices_.at(device).h2d_slow = factor;
   if (direction != "h2d") devices_.at(device).d2h_slow = factor;
-}
-
-// ---- device memory ------------------------------------------------------------------------------------------------------
-
-Block* World::allocate(int device, int stream, size_t nbytes) {
-  Memory& memory = devices_.at(device).memory;
-  const int64_t want = round_up(int64_t(nbytes), kGranule);
-  check_fault("device_alloc");
-  drop_held(device, false);
-  int64_t& cache = memory.cached[stream];
-  const bool reused = cache >= want;
-  if (reused) {
-    cache -= want;
-  } else {
-    int64_t fresh = want - cache;  // a cache smaller than the request still lends its bytes: no fragmentation is modelled
-    if (memory.reserved.current + fresh > config_.capacity) {
-      // What torch does before it gives up: wait for the blocks other streams hold, give every cached block back, try again.
-      ++memory.flushes;
-      sync_device(device);
-      drop_held(device, true);
-      empty_cache(device);
-      fresh = want;
-      if (memory.reserved.current + fresh > config_.capacity) {
-        ++memory.ooms;
-        throw OutOfMemory("sim out of memory. Tried to allocate " + mib(want) + ". Device " + std::to_string(device) +
-                          " has a capacity of " + mib(config_.capacity) + ", of which " + mib(memory.active.current) +
-                          " is in use.");
-      }
-    }
-    memory.cached[stream] = 0;
-    memory.reserved.add(fresh);
-  }
-  memory.allocated.add(want);
-  memory.active.add(want);
-  memory.requested.add(int64_t(nbytes));
-  ++memory.allocs;
-  auto* block = new Block;
-  block->device = device;
-  block->stream = stream;
-  block->nbytes = nbytes;
-  block->charged = size_t(want);
-  block->dry = is_dry(nbytes);
-  // Bytes that come from the cache may still be in use by earlier work of their stream: for other streams the allocation is
-  // like a write there, which they have to wait for.
-  block->history.push_back({0, std::max<size_t>(nbytes, 1), reused ? Access{stream, at(stream).clock[stream], "allocation"} : Access{}, {}});
-  note("memory", device, "memory", host_time_, 0, memory.active.current);
-  return block;
-}
-
-void World::release(Block* block) noexcept {
-  const Lock lock;
-  const Stream& home = at(block->stream);
-  if (config_.races != "off") {
-    for (const Segment& segment : block->history) {
-      const auto check = [&](const Access& access) {
-        if (access.stream == 0 || block->recorded.count(access.stream) || ordered(access, home)) return false;
-        report("unordered-free", block->device, block->stream, "free", access, segment.end - segment.begin);
-        return true;
-      };
-      if (check(segment.write)) break;
-      if (std::any_of(segment.reads.begin(), segment.reads.end(), check)) break;
-    }
-  }
-  Memory& memory = devices_[block->device].memory;
-  memory.allocated.sub(int64_t(block->charged));
-  memory.requested.sub(int64_t(block->nbytes));
-  garbage_.push_back(std::move(block->owner));
-  Picos until = 0;
-  for (int stream : block->recorded) until = std::max(until, at(stream).time);
-  if (until > host_time_)
-    devices_[block->device].held.emplace_back(block, until);
-  else
-    give_back(block);
-}
-
-void World::give_back(Block* block) noexcept {
-  Memory& memory = devices_[block->device].memory;
-  memory.active.sub(int64_t(block->charged));
-  memory.cached[block->stream] += int64_t(block->charged);
-  note("memory", block->device, "memory", host_time_, 0, memory.active.current);
-  delete block;
-}
-
-void World::drop_held(int device, bool wait) {
-  auto& held = devices_.at(device).held;
-  for (auto it = held.begin(); it != held.end();) {
-    if (!wait && it->second > host_time_) {
-      ++it;
-      continue;
-    }
-    give_back(it->first);
-    it = held.erase(it);
-  }
-}
-
-void World::record_stream(Block* block, int stream) {
-  if (stream != block->stream) block->recorded.insert(stream);
-}
-
-void World::empty_cache(int device) {
-  drop_held(device, false);
-  Memory& memory = devices_.at(device).memory;
-  for (auto& entry : memory.cached) {
-    memory.reserved.sub(entry.second);
-    entry.second = 0;
-  }
-}
-
-// ---- pinned host memory -------------------------------------------------------------------------------------------------
-
-Block* World::pin(size_t nbytes, bool in_place) {
-  check_fault("pinned_alloc");
-  const int64_t size = in_place ? int64_t(nbytes) : power_of_two(int64_t(nbytes));
-  if (!in_place && pinned_free_[size] > 0) {
-    --pinned_free_[size];
-  } else {
-    if (config_.pinned_capacity >= 0 && pinned.current + size > config_.pinned_capacity) empty_pinned_cache();
-    if (config_.pinned_capacity >= 0 && pinned.current + size > config_.pinned_capacity)
-      throw std::runtime_error("greenroom.sim: out of pinned host memory. Tried to lock " + mib(size) + "; " +
-                               mib(pinned.current) + " of " + mib(config_.pinned_capacity) + " are locked already.");
-    pinned.add(size);
-    const Picos cost = to_picos(config_.pin_s + double(size) / config_.pin_bytes_per_s);
-    note("pin", 0, "host", host_time_, cost, size);
-    host_time_ += cost;
-  }
-  auto* block = new Block;
-  block->device = -1;
-  block->nbytes = nbytes;
-  block->charged = size_t(size);
-  block->dry = is_dry(nbytes);
-  block->history.push_back({0, std::max<size_t>(nbytes, 1), Access{}, {}});
-  return block;
-}
-
-void World::index_pinned(Block* block) {
-  if (block->nbytes > 0) pinned_index_[block->ptr] = block;
-}
-
-void World::unpin(Block* block, bool in_place) noexcept {
-  const Lock lock;
-  auto it = pinned_index_.find(block->ptr);
-  if (it != pinned_index_.end() && it->second == block) pinned_index_.erase(it);
-  if (in_place) {
-    // The allocator waits for copies in flight before it hands pinned memory out again; unregistering does not.
-    for (const Transfer& transfer : transfers_)
-      if (config_.races != "off" && transfer.host >= block->ptr && transfer.host < block->ptr + block->nbytes)
-        report("unordered-free", at(transfer.stream).device, 0, "host_unregister", {transfer.stream, transfer.stamp, transfer.op}, transfer.nbytes);
-    pinned.sub(int64_t(block->charged));
-  } else {
-    ++pinned_free_[int64_t(block->charged)];
-  }
-  garbage_.push_back(std::move(block->owner));
-  delete block;
-}
-
-Block* World::find_pinned(const void* ptr) {
-  auto it = pinned_index_.upper_bound(static_cast<const char*>(ptr));
-  if (it == pinned_index_.begin()) return nullptr;
-  Block* block = std::prev(it)->second;
-  return ptr < block->ptr + block->nbytes ? block : nullptr;
-}
-
-int64_t World::pinned_cached() const {
-  int64_t sum = 0;
-  for (const auto& entry : pinned_free_) sum += entry.first * entry.second;
-  return sum;
-}
-
-void World::empty_pinned_cache() {
-  pinned.sub(pinned_cached());
-  pinned_free_.clear();
 }
 
 // ---- streams, events, waiting -------------------------------------------------------------------------------------------
@@ -527,6 +341,13 @@ Picos World::finish_copy(int timeline, Link link, const char* op, size_t nbytes,
     host_time_ = std::max(host_time_, stream.time);
   }
   return stream.time;
+}
+
+void World::host_copy(size_t nbytes) {
+  if (nbytes < kHostWork) return;
+  const Picos duration = to_picos(double(nbytes) / config_.host_copy_bytes_per_s);
+  note("host copy", 0, "host", host_time_, duration, int64_t(nbytes));
+  host_time_ += duration;
 }
 
 void World::finish_peer_copy(int from, int to, size_t nbytes) {

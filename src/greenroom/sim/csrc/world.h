@@ -36,7 +36,7 @@ struct Config {
   int64_t dry_above = -1;        // storages larger than this are never touched; -1: everything is real
   double memory_bytes_per_s = 1e12, launch_s = 0, kernel_s = 0;
   double h2d_pinned = 1e10, d2h_pinned = 1e10, h2d_pageable = 1e10, d2h_pageable = 1e10, copy_latency_s = 0;
-  double pin_bytes_per_s = 1e10, pin_s = 0;
+  double pin_bytes_per_s = 1e10, pin_s = 0, host_copy_bytes_per_s = 1e10;
   std::string races = "report";  // "report", "raise" or "off"
   bool trace = false;
 };
@@ -196,6 +196,7 @@ class World {
   void begin(int stream, const char* op, const std::vector<Span>& spans);
   void finish_kernel(int stream, const char* op, Picos duration, const std::vector<Span>& fresh);
   Picos finish_copy(int stream, Link link, const char* op, size_t nbytes, bool pinned, bool blocking);
+  void host_copy(size_t nbytes);  // within host memory
   void finish_peer_copy(int from_stream, int to_stream, size_t nbytes);
   // A pinned copy in flight: device-to-host bytes are delivered, and a host-to-device source is looked at again, once the host
   // has waited for the copy. `keep` holds the host memory alive until then.
