@@ -61,34 +61,36 @@ def compare(profile: str, capacity: int | str | None = None) -> Iterator[Row]:
         UnknownProfile, ValueError: no such machine.
     """
     sim.configure(profile, capacity=capacity)
-    kwargs = call_kwargs("demo-sdxl")
-    expected = _pictures(demo_sdxl(), **call_kwargs("demo-sdxl"))
-    for way, enable in WAYS.items():
-        gc.collect()  # the last pipeline and its hooks hold each other
+    expected = _pictures(demo_sdxl())
+    for way in WAYS:
         sim.configure(profile, capacity=capacity)
-        pipe = demo_sdxl()
-        kwargs = call_kwargs("demo-sdxl")
         try:
-            with sim.measure() as enabling:
-                enable(pipe)
-            with sim.measure() as call:
-                pictures = _pictures(pipe, **kwargs)
+            row = _measure(way, expected)
         except torch.OutOfMemoryError:
-            yield Row(way, fits=False)
-            continue
-        yield Row(
-            way,
-            fits=True,
-            enable_seconds=enabling.seconds,
-            seconds=call.seconds,
-            peak_bytes=call.peak_bytes,
-            h2d_bytes=call.h2d_bytes,
-            d2h_bytes=call.d2h_bytes,
-            races=len(enabling.races) + len(call.races),
-            same_output=torch.equal(pictures, expected),
-        )
+            row = Row(way, fits=False)
+        gc.collect()  # a pipeline and its hooks hold each other
+        yield row
 
 
-def _pictures(pipe: Any, **kwargs: Any) -> torch.Tensor:
+def _measure(way: str, expected: torch.Tensor) -> Row:
+    pipe = demo_sdxl()
+    with sim.measure() as enabling:
+        WAYS[way](pipe)
+    with sim.measure() as call:
+        pictures = _pictures(pipe)
+    return Row(
+        way,
+        fits=True,
+        enable_seconds=enabling.seconds,
+        seconds=call.seconds,
+        peak_bytes=call.peak_bytes,
+        h2d_bytes=call.h2d_bytes,
+        d2h_bytes=call.d2h_bytes,
+        races=len(enabling.races) + len(call.races),
+        same_output=torch.equal(pictures, expected),
+    )
+
+
+def _pictures(pipe: Any) -> torch.Tensor:
     pipe.set_progress_bar_config(disable=True)
-    return torch.as_tensor(pipe(**kwargs).images).cpu()
+    return torch.as_tensor(pipe(**call_kwargs("demo-sdxl")).images).cpu()

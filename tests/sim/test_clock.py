@@ -215,17 +215,53 @@ def test_a_slow_link() -> None:
 
 
 def test_strided_copies_are_staged() -> None:
-    source, target = torch.zeros(1000, 1000).t(), torch.empty(1000, 1000, device="sim")
+    rows, columns = torch.zeros(1000, 1000), torch.empty(1000, 1000, device="sim").t()
     with sim.measure() as cost:
-        target.copy_(source)
+        columns.copy_(rows)  # through a dense tensor on the device, and rearranged there
     assert (cost.h2d_bytes, cost.h2d_copies, cost.kernels) == (4 * MB, 1, 1)
+    with sim.measure() as cost:
+        columns.t().copy_(rows.t())  # rearranged on the host
+    assert (cost.h2d_bytes, cost.h2d_copies, cost.kernels) == (4 * MB, 1, 0)
 
 
-def test_conversion_happens_on_the_device() -> None:
+def test_a_cast_is_the_hosts_if_the_copy_blocks_and_else_the_devices() -> None:
     source, target = torch.zeros(MB, dtype=torch.float16), torch.empty(MB, device="sim")
     with sim.measure() as cost:
         target.copy_(source)
+    assert (cost.h2d_bytes, cost.kernels) == (4 * MB, 0)
+    with sim.measure() as cost:
+        target.copy_(source.pin_memory(), non_blocking=True)
     assert (cost.h2d_bytes, cost.kernels) == (2 * MB, 1)
+
+
+def test_a_copy_between_devices_uses_both_links() -> None:
+    sim.configure(ROUND, devices=2)
+    source, target = torch.zeros(MB, device="sim:0"), torch.empty(MB, device="sim:1")
+    torch.sim.synchronize(0)
+    with sim.measure(1) as cost:
+        target.copy_(source)
+        torch.sim.synchronize(1)
+    assert cost.seconds == exactly(LAUNCH + LATENCY + 4 * MB / 8e9)
+    assert cost.busy["h2d"] == exactly(LATENCY + 4 * MB / 8e9)
+    assert sim.counters(0).peer_bytes == 4 * MB and cost.kernels == 0
+
+
+def test_pinned_memory_is_used_again_once_its_copy_has_ended() -> None:
+    target = torch.empty(MB, dtype=torch.uint8, device="sim")
+    for _ in range(10):
+        source = on_host(MB)
+        target.copy_(source, non_blocking=True)
+        del source
+    # Ten requests, but never more than a few copies in flight.
+    assert torch.sim.host_memory_stats()["allocated_bytes.peak"] <= 4 * 2**20
+    torch.sim.synchronize()
+
+
+def test_a_masked_write_makes_the_host_wait() -> None:
+    x, mask = torch.zeros(8, device="sim"), torch.ones(8, dtype=torch.bool, device="sim")
+    with sim.measure() as cost:
+        x[mask] = torch.ones(8, device="sim")
+    assert cost.syncs == 1
 
 
 # ---- determinism ---------------------------------------------------------------------------------

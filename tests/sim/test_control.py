@@ -48,7 +48,7 @@ def test_out_of_memory_says_what_was_asked_and_what_was_true() -> None:
     keep = torch.empty(2**19, dtype=torch.uint8, device="sim")
     words = (
         r"Tried to allocate 1\.00 MiB\. Device 0 has a capacity of 1\.00 MiB, "
-        r"of which 0\.50 MiB is in use"
+        r"of which 524288 bytes is in use"
     )
     with pytest.raises(torch.OutOfMemoryError, match=words):
         torch.empty(2**20, dtype=torch.uint8, device="sim")
@@ -79,6 +79,7 @@ def kernel() -> None:
 @pytest.mark.parametrize(
     ("kind", "work", "error"),
     [
+        ("copy", lambda: torch.zeros(1, device="sim").item(), RuntimeError),
         ("device_alloc", allocate, torch.OutOfMemoryError),
         ("pinned_alloc", pin, RuntimeError),
         ("copy", copy, RuntimeError),
@@ -161,6 +162,24 @@ def test_measure_fills_its_value_also_when_the_block_raises() -> None:
         kernel()
         raise KeyError
     assert cost.kernels == 1 and cost.seconds > 0
+
+
+def test_measure_fills_its_value_also_when_a_race_is_raised() -> None:
+    sim.configure(ROUND, races="raise")
+    side, x = torch.sim.Stream(), torch.zeros(8, device="sim")
+    with pytest.raises(RuntimeError, match="RaceError"), sim.measure() as cost:
+        with side:
+            x.add_(1)
+        x.add_(1)
+    assert cost.kernels == 1
+
+
+def test_reset_lets_go_of_pinned_memory_in_flight() -> None:
+    torch.empty(2**20, dtype=torch.uint8, device="sim").copy_(
+        torch.zeros(2**20, dtype=torch.uint8, pin_memory=True), non_blocking=True
+    )
+    sim.reset()
+    assert torch.sim.host_memory_stats()["allocated_bytes.current"] == 0
 
 
 def test_measured_blocks_nest() -> None:

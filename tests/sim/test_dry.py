@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import resource
 import subprocess
 import sys
 from typing import Any
@@ -42,6 +43,20 @@ def test_nothing_is_computed_and_small_results_are_zero() -> None:
     small = (a @ a)[0, :4].clone()
     assert small.cpu().tolist() == [0.0] * 4
     assert a.sum().item() == 0.0
+
+
+def test_the_hosts_own_work_stays_real() -> None:
+    sim.configure(dry_above="1KiB")
+    assert torch.ones(2**20).clone().sum() == 2**20
+
+
+def test_weights_that_were_never_written_are_not_copied_on_the_host() -> None:
+    sim.configure(dry_above="1MiB")
+    with sim.empty_weights(torch.float16):
+        layer = torch.nn.Linear(4096, 4096)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    copies = [layer.weight.detach().clone() for _ in range(8)]  # 268 MB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000 and copies
 
 
 def test_small_tensors_are_computed() -> None:

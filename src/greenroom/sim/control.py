@@ -183,15 +183,14 @@ def measure(device: int = 0) -> Iterator[Cost]:
     >>> cost.h2d_bytes, cost.seconds
     """
     native, cost = _device.native, Cost()
-    torch.accelerator.synchronize(_known(device))
+    native.settle_device(_known(device))
     before, seen = native.counters(device), len(races())
     native.reset_peak(device)
     try:
         yield cost
     finally:
-        torch.accelerator.synchronize(device)
+        native.settle_device(device)
         vars(cost).update(vars(_cost(before, device, seen)))
-        cost.syncs -= 1  # our own, at the end
         native.raise_peak(device, before["peak_bytes"], before["peak_reserved_bytes"])
 
 
@@ -203,7 +202,7 @@ def _cost(before: Mapping[str, int], device: int, races_seen: int) -> Cost:
         peak_bytes=now["peak_bytes"],
         peak_reserved_bytes=now["peak_reserved_bytes"],
         busy={engine: since[f"{engine}_ps"] * _PICO for engine in ("compute", "h2d", "d2h")},
-        races=races()[races_seen:],
+        races=[race for race in races()[races_seen:] if race.device == device],
         **{
             name: since[name]
             for name in (

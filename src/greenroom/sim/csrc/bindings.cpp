@@ -12,6 +12,12 @@ using greenroom::Config;
 using greenroom::World;
 using Numbers = c10::Dict<std::string, double>;
 
+// Every copy in flight ends, and by the end of the lock its host memory is let go: a reset finds all of the pinned cache.
+void settle_all() {
+  const World::Lock lock;
+  for (int d = 0; d < World::get().config().devices; ++d) World::get().settle_device(d);
+}
+
 // All numbers as float64: bytes are exact in it up to 2^53.
 void configure(const Numbers& values, const Numbers& flops, const std::string& races) {
   Config c;
@@ -34,10 +40,17 @@ void configure(const Numbers& values, const Numbers& flops, const std::string& r
   c.races = races;
   std::map<std::string, double> rates;
   for (const auto& entry : flops) rates[entry.key()] = entry.value();
+  settle_all();
   const World::Lock lock;
   greenroom::set_flops(rates);
   greenroom::forget_shapes();
   World::get().configure(c);
+}
+
+void reset() {
+  settle_all();
+  const World::Lock lock;
+  World::get().reset();
 }
 
 c10::Dict<std::string, int64_t> counters(int64_t device) {
@@ -132,7 +145,8 @@ auto locked(F f) {
 TORCH_LIBRARY(greenroom_sim, m) {
   m.def("register_operators() -> ()", &greenroom::register_operators);
   m.def("configure(Dict(str, float) values, Dict(str, float) flops, str races) -> ()", &configure);
-  m.def("reset() -> ()", [] { locked([](World& w) { w.reset(); }); });
+  m.def("reset() -> ()", &reset);
+  m.def("settle_device(int device) -> ()", [](int64_t device) { locked([&](World& w) { w.settle_device(int(device)); }); });
   m.def("now_ps() -> int", [] { return locked([](World& w) { return w.now(); }); });
   m.def("counters(int device) -> Dict(str, int)", &counters);
   m.def("reset_peak(int device) -> ()", &reset_peak);

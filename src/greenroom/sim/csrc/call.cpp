@@ -445,14 +445,14 @@ void Call::run() {
     views_ = views_ || (result.alias_info() != nullptr && !result.alias_info()->isWrite());
     returns_tensor = returns_tensor || result.type()->isSubtypeOf(*c10::TensorType::get()) || result.type()->kind() == c10::TypeKind::ListType;
   }
-  const bool to_host = host_reads_result(name_) || (host_index_ && name_ == "aten::index");
+  const bool to_host = host_reads_result(name_) || (host_index_ && (name_ == "aten::index" || name_ == "aten::index_put_" || name_ == "aten::_index_put_impl_"));
   const bool is_kernel = (!views_ && (returns_tensor || to_host)) || writes_;
 
   World& world = World::get();
   const int timeline = current_timeline(device_);
   if (is_kernel) {
     const World::Lock lock;
-    world.check_fault("kernel");
+    world.check_fault(name_ == "aten::_local_scalar_dense" ? "copy" : "kernel");
     world.begin(timeline, name_.c_str(), spans_);
   }
   Stack inputs;  // the cost formulas look at the arguments after the call

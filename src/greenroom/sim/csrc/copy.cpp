@@ -2,6 +2,9 @@
 #include <ATen/ATen.h>
 #include <ATen/ops/copy_native.h>
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstring>
 
 #include "ops.h"
@@ -75,69 +78,78 @@ void device_to_host(const Tensor& target, const Tensor& source, bool non_blockin
   if (!deferred && !(block->dry && world.is_dry(nbytes))) std::memcpy(data(target), data(source), nbytes);
 }
 
-void peer_copy(Tensor& target, const Tensor& source) {
-  Tensor plain = at::empty(source.sizes(), source.options().device(target.device()));
-  const Tensor from = source.contiguous();
-  {
-    const World::Lock lock;
-    World& world = World::get();
-    const int out = current_timeline(from.device().index()), in = current_timeline(target.device().index());
-    Block *read = block_of(from.storage()), *written = block_of(plain.storage());
-    world.check_fault("copy");
-    world.begin(out, "peer copy", {span_of(from, read, false)});
-    world.begin(in, "peer copy", {span_of(plain, written, true)});
-    if (!read->dry && !written->dry) std::memcpy(data(plain), data(from), from.nbytes());
-    world.finish_peer_copy(out, in, from.nbytes());
-  }
-  on_device(target, plain);
+void peer_copy(const Tensor& target, const Tensor& source) {
+  const World::Lock lock;
+  World& world = World::get();
+  const int out = current_timeline(source.device().index()), in = current_timeline(target.device().index());
+  Block *read = block_of(source.storage()), *written = block_of(target.storage());
+  world.check_fault("copy");
+  world.begin(out, "peer copy", {span_of(source, read, false)});
+  world.begin(in, "peer copy", {span_of(target, written, true)});
+  const size_t nbytes = size_t(source.numel()) * source.element_size();
+  if (!read->dry && !written->dry) std::memcpy(data(target), data(source), nbytes);
+  world.finish_peer_copy(out, in, nbytes);
 }
 
+// One run of bytes from anywhere to anywhere; both tensors lie alike.
+void move_bytes(const Tensor& target, const Tensor& source, bool non_blocking) {
+  if (!is_sim(source))
+    host_to_device(target, source, non_blocking);
+  else if (!is_sim(target))
+    device_to_host(target, source, non_blocking);
+  else
+    peer_copy(target, source);
+}
 }  // namespace
 
-// Copies as torch.cuda does them: bytes that lie alike go straight; otherwise a dense staging tensor, converted on the device.
+// Copies as torch.cuda does them. Bytes that lie alike go straight. Otherwise they go through dense tensors, and another dtype is
+// made on the host if the copy blocks, on the device if it does not (between devices, on the source).
 Tensor& copy_(Tensor& self, const Tensor& from, bool non_blocking) {
   if (self.numel() == 0 || self.is_same(from)) return self;
-  const Tensor source = from.expand_as(self);
-  if (is_sim(self) && is_sim(source)) {
-    if (self.device() == source.device())
-      on_device(self, source);
-    else
-      peer_copy(self, source);
-  } else if (is_sim(self)) {
-    TORCH_CHECK(source.device().is_cpu(), "greenroom.sim: cannot copy from ", source.device(), " to ", self.device());
-    if (same_layout(self, source)) {
-      host_to_device(self, source, non_blocking);
-    } else {
-      const Tensor dense = source.resolve_conj().resolve_neg().contiguous();
-      Tensor staging = at::empty(dense.sizes(), dense.options().device(self.device()).pinned_memory(false));
-      host_to_device(staging, dense, non_blocking);
-      on_device(self, staging);
-    }
-  } else {
-    TORCH_CHECK(self.device().is_cpu(), "greenroom.sim: cannot copy from ", source.device(), " to ", self.device());
-    if (same_layout(self, source)) {
-      device_to_host(self, source, non_blocking);
-    } else {
-      const Tensor staging = source.to(self.scalar_type()).resolve_conj().resolve_neg().contiguous();
-      if (same_layout(self, staging)) {
-        device_to_host(self, staging, non_blocking);
-      } else {
-        const Tensor host = at::empty(staging.sizes(), staging.options().device(at::kCPU));
-        device_to_host(host, staging, false);
-        self.copy_(host);
-      }
-    }
+  const Tensor expanded = from.expand_as(self);
+  if (is_sim(self) && is_sim(expanded) && self.device() == expanded.device()) {
+    on_device(self, expanded);
+    return self;
   }
+  for (const Tensor& t : {self, expanded})
+    TORCH_CHECK(is_sim(t) || t.device().is_cpu(), "greenroom.sim: cannot copy between ", self.device(), " and ", from.device());
+  if (same_layout(self, expanded)) {
+    move_bytes(self, expanded, non_blocking);
+    return self;
+  }
+  const bool cast_first = is_sim(expanded) ? is_sim(self) || non_blocking : !non_blocking;
+  Tensor source = expanded.resolve_conj().resolve_neg();
+  if (cast_first) source = source.to(self.scalar_type());
+  source = source.contiguous();
+  if (same_layout(self, source)) {
+    move_bytes(self, source, non_blocking);
+    return self;
+  }
+  Tensor staging = at::empty(source.sizes(), source.options().device(self.device()).pinned_memory(false));
+  move_bytes(staging, source, is_sim(self) && non_blocking);  // what the host has to rearrange, it has to wait for
+  self.copy_(staging);
   return self;
 }
 
-// Copies within host memory take the host's time too; in dry mode large ones are not done, like everything large.
+// Whether nobody has ever written to this host memory: then it reads as zeros, and has no pages yet. Looks at three of them.
+bool is_untouched(const void* memory, size_t nbytes) {
+  static const size_t page = size_t(::sysconf(_SC_PAGESIZE));
+  const auto first = reinterpret_cast<uintptr_t>(memory) / page, last = (reinterpret_cast<uintptr_t>(memory) + nbytes - 1) / page;
+  for (const uintptr_t at : {first + 1, (first + last) / 2, last - 1}) {
+    unsigned char resident = 1;
+    if (::mincore(reinterpret_cast<void*>(at * page), page, &resident) != 0 || (resident & 1) != 0) return false;
+  }
+  return true;
+}
+
+// Copies within host memory take the host's time too. In dry mode a large copy of memory that was never written, such as a
+// full-size model's weights, is not done: its target would take real pages.
 Tensor& host_copy_(Tensor& self, const Tensor& from, bool non_blocking) {
   if (!inside_kernel() && self.device().is_cpu() && from.device().is_cpu() && self.layout() == at::kStrided) {
     const size_t nbytes = size_t(self.numel()) * self.element_size();
     const World::Lock lock;
     World::get().host_copy(nbytes);
-    if (World::get().is_dry(nbytes)) return self;
+    if (World::get().is_dry(nbytes) && is_untouched(data(from), nbytes)) return self;
   }
   return at::native::copy_(self, from, non_blocking);
 }

@@ -1,4 +1,5 @@
 // What an operator costs: floating-point operations by formula, bytes by its operands.
+#include <algorithm>
 #include <unordered_map>
 #include <unordered_set>
 
@@ -55,7 +56,8 @@ double flops_of(const std::string& op, const Sizes& in, const Sizes& out, const 
   if (op == "aten::convolution" && in.size() >= 2 && !out.empty())  // weight: [out, in/groups, kernel...]; transposed: [in, out/groups, ...]
     return 2 * (args.size() > 6 && args[6].isBool() && args[6].toBool() ? product(in[0]) : product(out[0])) * product(in[1], 1);
   if (op == "aten::convolution_backward" && in.size() >= 3)
-    return 2 * product(in[0]) * product(in[2], 1) * double(out.size());
+    return 2 * product(in[0]) * product(in[2], 1) *  // one product for each of the gradients of input and weight
+           double(std::count_if(out.begin(), out.end(), [](const auto& sizes) { return sizes.size() > 1; }));
   if (op.rfind("aten::_scaled_dot_product", 0) == 0 && in.size() >= 3 && in[0].size() == 4) {
     const bool backward = op.find("backward") != std::string::npos;  // five products instead of two; argument 0 is the gradient
     if (backward && in.size() < 4) return 0;

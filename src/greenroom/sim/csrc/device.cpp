@@ -177,6 +177,10 @@ void free_pinned(void* block) {
 struct PinnedAllocator final : at::HostAllocator {
   DataPtr allocate(size_t nbytes) override {
     if (nbytes == 0) return {nullptr, c10::kCPU};
+    {
+      const World::Lock lock;
+      World::get().reclaim_pinned();
+    }
     const World::Lock lock;
     Block* block = World::get().pin(nbytes, false);
     DataPtr result(nullptr, block, &free_pinned, c10::kCPU);

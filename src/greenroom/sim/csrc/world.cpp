@@ -98,7 +98,7 @@ void World::configure(const Config& config) {
 }
 
 void World::reset() {
-  for (size_t d = 0; d < devices_.size(); ++d) sync_device(int(d));
+  for (size_t d = 0; d < devices_.size(); ++d) settle_device(int(d));
   ++epoch_;
   host_time_ = 0;
   for (auto& stream : streams_) stream->time = 0;
@@ -220,6 +220,11 @@ void World::sync_stream(int timeline) {
 
 void World::sync_device(int device) {
   ++devices_.at(device).counters.syncs;
+  settle_device(device);
+  raise_if_asked();
+}
+
+void World::settle_device(int device) {
   Clock clock;
   Picos time = 0;
   for (int timeline : devices_[device].streams) {
@@ -227,7 +232,6 @@ void World::sync_device(int device) {
     clock.join(at(timeline).clock);
   }
   host_waits_until(time, clock);
-  raise_if_asked();
 }
 
 // ---- races --------------------------------------------------------------------------------------------------------------
@@ -352,14 +356,18 @@ void World::host_copy(size_t nbytes) {
 
 void World::finish_peer_copy(int from, int to, size_t nbytes) {
   Stream &source = at(from), &target = at(to);
-  const Picos duration = to_picos(config_.copy_latency_s + double(nbytes) / std::min(config_.h2d_pinned, config_.d2h_pinned));
+  Device &sender = devices_.at(source.device), &receiver = devices_.at(target.device);
+  const double bytes_per_s = std::min(config_.d2h_pinned / sender.d2h_slow, config_.h2d_pinned / receiver.h2d_slow);
+  const Picos duration = to_picos(config_.copy_latency_s + double(nbytes) / bytes_per_s);
   host_time_ += to_picos(config_.launch_s);
   const Picos ready = std::max({source.time, target.time, host_time_});
-  const Picos left = devices_.at(source.device).d2h.reserve(ready, duration, host_time_);
-  const Picos arrived = devices_.at(target.device).h2d.reserve(left, duration, host_time_);
+  const Picos left = sender.d2h.reserve(ready, duration, host_time_);
+  const Picos arrived = receiver.h2d.reserve(left, duration, host_time_);
+  sender.counters.d2h_busy += duration;
+  receiver.counters.h2d_busy += duration;
   source.time = left + duration;
   target.time = arrived + duration;
-  devices_.at(source.device).counters.peer_bytes += int64_t(nbytes);
+  sender.counters.peer_bytes += int64_t(nbytes);
   note("peer copy", target.device, "h2d", arrived, duration, int64_t(nbytes));
   source.clock.join(target.clock);  // torch makes both current streams wait for each other around a peer copy
   target.clock.join(source.clock);
@@ -367,11 +375,11 @@ void World::finish_peer_copy(int from, int to, size_t nbytes) {
 
 void World::defer_delivery(int timeline, const char* op, char* host, const void* bytes, size_t nbytes, std::shared_ptr<void> keep) {
   const char* from = static_cast<const char*>(bytes);
-  transfers_.push_back({timeline, at(timeline).clock[timeline], op, host, nbytes, std::vector<char>(from, from + nbytes), 0, true, std::move(keep)});
+  transfers_.push_back({timeline, at(timeline).clock[timeline], at(timeline).time, op, host, nbytes, std::vector<char>(from, from + nbytes), 0, true, std::move(keep)});
 }
 
 void World::watch_source(int timeline, const char* op, const char* host, size_t nbytes, std::shared_ptr<void> keep) {
-  transfers_.push_back({timeline, at(timeline).clock[timeline], op, const_cast<char*>(host), nbytes, {}, checksum(host, nbytes), false, std::move(keep)});
+  transfers_.push_back({timeline, at(timeline).clock[timeline], at(timeline).time, op, const_cast<char*>(host), nbytes, {}, checksum(host, nbytes), false, std::move(keep)});
 }
 
 void World::deliver(Transfer& transfer) {
@@ -383,6 +391,19 @@ void World::deliver(Transfer& transfer) {
   } else if (config_.races != "off" && checksum(transfer.host, transfer.nbytes) != transfer.checksum) {
     report("host-write", at(transfer.stream).device, 0, "host write", {transfer.stream, transfer.stamp, transfer.op}, transfer.nbytes);
   }
+}
+
+void World::reclaim_pinned() {
+  std::vector<Transfer> waiting;
+  for (Transfer& transfer : transfers_) {
+    if (transfer.to_host || transfer.end > host_time_) {
+      waiting.push_back(std::move(transfer));
+    } else {
+      deliver(transfer);
+      garbage_.push_back(std::move(transfer.keep));
+    }
+  }
+  transfers_.swap(waiting);
 }
 
 void World::deliver_overlapping(int timeline, const char* host, size_t nbytes) {

@@ -173,6 +173,7 @@ class World {
   Block* pin(size_t nbytes, bool in_place);  // allocator-pinned memory is rounded up to a power of two, as torch does
   void index_pinned(Block* block);           // once its ptr is known
   void unpin(Block* block, bool in_place) noexcept;
+  void reclaim_pinned();  // lets go of sources whose copies have ended by now, as torch's allocator does at each request
   Block* find_pinned(const void* ptr);
   void empty_pinned_cache();
   Gauge pinned;
@@ -189,6 +190,7 @@ class World {
   void sync_event(const Event& event);
   void sync_stream(int stream);
   void sync_device(int device);
+  void settle_device(int device);  // the same, for measuring: counts as no wait of the program's
 
   void check_fault(const std::string& kind);  // throws if this is the one that was asked to fail
 
@@ -222,6 +224,7 @@ class World {
   struct Transfer {
     int stream;
     uint64_t stamp;
+    Picos end;
     const char* op;
     char* host;
     size_t nbytes;

@@ -20,9 +20,14 @@ int64_t power_of_two(int64_t n) {
   return p;
 }
 
-std::string mib(int64_t n) {
+std::string size_of(int64_t n) {
   char text[32];
-  std::snprintf(text, sizeof text, "%.2f MiB", double(n) / (1 << 20));
+  if (n < (1 << 20))
+    std::snprintf(text, sizeof text, "%lld bytes", static_cast<long long>(n));
+  else if (n < (1 << 30))
+    std::snprintf(text, sizeof text, "%.2f MiB", double(n) / (1 << 20));
+  else
+    std::snprintf(text, sizeof text, "%.2f GiB", double(n) / (1 << 30));
   return text;
 }
 
@@ -50,8 +55,8 @@ Block* World::allocate(int device, int stream, size_t nbytes) {
       fresh = want;
       if (memory.reserved.current + fresh > config_.capacity) {
         ++memory.ooms;
-        throw OutOfMemory("sim out of memory. Tried to allocate " + mib(want) + ". Device " + std::to_string(device) +
-                          " has a capacity of " + mib(config_.capacity) + ", of which " + mib(memory.active.current) +
+        throw OutOfMemory("sim out of memory. Tried to allocate " + size_of(want) + ". Device " + std::to_string(device) +
+                          " has a capacity of " + size_of(config_.capacity) + ", of which " + size_of(memory.active.current) +
                           " is in use.");
       }
     }
@@ -144,8 +149,8 @@ Block* World::pin(size_t nbytes, bool in_place) {
   } else {
     if (config_.pinned_capacity >= 0 && pinned.current + size > config_.pinned_capacity) empty_pinned_cache();
     if (config_.pinned_capacity >= 0 && pinned.current + size > config_.pinned_capacity)
-      throw std::runtime_error("greenroom.sim: out of pinned host memory. Tried to lock " + mib(size) + "; " +
-                               mib(pinned.current) + " of " + mib(config_.pinned_capacity) + " are locked already.");
+      throw std::runtime_error("greenroom.sim: out of pinned host memory. Tried to lock " + size_of(size) + "; " +
+                               size_of(pinned.current) + " of " + size_of(config_.pinned_capacity) + " are locked already.");
     pinned.add(size);
     const Picos cost = to_picos(config_.pin_s + double(size) / config_.pin_bytes_per_s);
     note("pin", 0, "host", host_time_, cost, size);

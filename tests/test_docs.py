@@ -1,0 +1,98 @@
+"""The documentation's examples run, its figures are asserted in them, and its links lead somewhere.
+
+Every ``python`` block runs as a program of its own, unless the line ``<!-- not run -->`` stands
+above it. A block that opens with the name of a test file (``# test_offload.py``) is run by pytest.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import greenroom.sim  # noqa: F401  (so that every example starts on a fresh simulator)
+from greenroom import demo
+from greenroom.core.units import format_bytes
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/simulator.md")
+NOT_RUN = "<!-- not run -->"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def blocks() -> list[pytest.param]:
+    found = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for match in BLOCK.finditer(text):
+            if not text[: match.start()].rstrip().endswith(NOT_RUN):
+                line = text.count("\n", 0, match.start(1)) + 1
+                found.append(pytest.param(page, line, match[1], id=f"{page}:{line}"))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "line", "code"), blocks())
+def test_an_example_runs(page: str, line: int, code: str, tmp_path: Path) -> None:
+    if name := re.match(r"# (test_\w+\.py)\n", code):
+        (tmp_path / name[1]).write_text(code, encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name[1]],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+    else:
+        # Empty lines in front, so that a traceback shows the page's own line numbers.
+        padded = "\n" * (line - 1) + code
+        exec(compile(padded, str(ROOT / page), "exec"), {"__name__": "example"})
+
+
+def test_the_pages_have_examples() -> None:
+    assert {parameters.values[0] for parameters in blocks()} == set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for link in LINK.findall(text):
+        if link.startswith("https://"):
+            continue
+        target, _, heading = link.partition("#")
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        assert not heading or heading in headings(path), link
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors that GitHub makes of a page's headings."""
+    lines = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.slow
+def test_the_readmes_table_is_what_the_demo_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One row, of the way that uses most of the simulator: all come from the same code.
+    way = "group offload, leaves"
+    monkeypatch.setattr(demo, "WAYS", {way: demo.WAYS[way]})
+    (row,) = demo.compare("rtx-4060-laptop")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    assert [
+        row.way,
+        f"{row.enable_seconds * 1e3:.1f} ms",
+        f"{row.seconds * 1e3:.1f} ms",
+        format_bytes(row.peak_bytes),
+        format_bytes(row.h2d_bytes),
+        format_bytes(row.d2h_bytes),
+        str(row.races),
+        "yes" if row.same_output else "NO",
+    ] in printed
