@@ -54,6 +54,11 @@ def demo(
     except (ValueError, ImportError) as error:
         print(f"greenroom: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
+    except RuntimeError as error:
+        if type(error).__name__ != "SimulatorBuildError":
+            raise
+        print(f"greenroom: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
     if as_json:
         print(json.dumps([row.to_dict() for row in rows], indent=2))
@@ -85,6 +90,26 @@ def demo(
         Console(width=None if sys.stdout.isatty() else 110).print(table)
     if any(row.races or row.same_output is False for row in rows):
         raise typer.Exit(1)
+
+
+@app.command(
+    "exec",
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    },
+)
+def execute(
+    context: typer.Context, script: Annotated[str, typer.Argument(help="A Python script.")]
+) -> None:
+    """Run a script, unchanged, with greenroom behind its pipe.enable_model_cpu_offload()."""
+    if not os.path.isfile(script):
+        print(f"greenroom: there is no script {script!r}", file=sys.stderr)
+        raise typer.Exit(2)
+    from .install import run_script
+
+    run_script(script, context.args)
 
 
 def _quieten() -> None:

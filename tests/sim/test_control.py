@@ -23,6 +23,7 @@ import greenroom.sim as sim
         ({"devices": True}, "a number from 1 to 16, not True"),
         ({"capacity": "8 gigs"}, "'8 gigs' is no size"),
         ({"capacity": -1}, "cannot be negative"),
+        ({"capacity": 0}, "cannot be 0"),
         ({"pinned_capacity": "lots"}, "'lots' is no size"),
         ({"dry_above": "x"}, "'x' is no size"),
         ({"races": "maybe"}, "'report', 'raise' or 'off', not 'maybe'"),
@@ -128,6 +129,42 @@ def test_every_allocation_of_a_program_can_fail() -> None:
     assert 5 < n < 99
 
 
+def test_a_failed_allocation_comes_before_the_kernel() -> None:
+    """An operator without memory for its result draws no numbers and updates no buffer."""
+    x = torch.ones(64, 8, device="sim")
+    norm = torch.nn.BatchNorm1d(8).to("sim")
+    state, mean = torch.sim.get_rng_state(), norm.running_mean.clone()
+    for work in (lambda: torch.nn.functional.dropout(x, 0.5), lambda: norm(x * 3)):
+        sim.fail("device_alloc")
+        with pytest.raises(torch.OutOfMemoryError):
+            work()
+    assert torch.equal(torch.sim.get_rng_state(), state) and torch.equal(norm.running_mean, mean)
+
+
+def test_a_result_too_large_is_refused_before_it_is_computed() -> None:
+    sim.configure(capacity="1MiB")
+    a, b = torch.ones(20000, 1, device="sim"), torch.ones(1, 20000, device="sim")
+    with sim.measure() as cost, pytest.raises(torch.OutOfMemoryError):
+        a @ b
+    assert cost.busy["compute"] == 0 and torch.sim.memory_allocated() == a.nbytes * 2 + 384 * 2
+
+
+def test_memory_that_was_given_up_cannot_be_used() -> None:
+    x = torch.ones(8, device="sim")
+    x.untyped_storage().resize_(0)
+    for use in (lambda: x.add_(1), lambda: x.copy_(torch.ones(8)), lambda: x.cpu()):
+        with pytest.raises(RuntimeError, match="resized to nothing"):
+            use()
+
+
+def test_a_reset_inside_a_measurement_starts_it_anew() -> None:
+    with sim.measure() as cost:
+        kernel()
+        sim.reset()
+        kernel()
+    assert cost.kernels == 1 and cost.seconds > 0
+
+
 def test_reset_forgets_faults_and_slow_links() -> None:
     sim.fail("kernel")
     sim.slow_link(100)
@@ -141,7 +178,8 @@ def test_reset_forgets_faults_and_slow_links() -> None:
     [
         (lambda: sim.fail("disk"), "there is no fault 'disk'"),  # type: ignore[arg-type]
         (lambda: sim.fail("copy", 0), "nth counts from 1"),
-        (lambda: sim.slow_link(0), "factor is a positive number"),
+        (lambda: sim.slow_link(0), "factor is a positive, finite number"),
+        (lambda: sim.slow_link(float("inf")), "factor is a positive, finite number"),
         (lambda: sim.slow_link(2, direction="up"), "direction is"),  # type: ignore[arg-type]
         (lambda: sim.slow_link(2, device=3), "sim:3 does not exist"),
         (lambda: sim.counters(1), "sim:1 does not exist"),

@@ -319,6 +319,46 @@ def test_raise_stops_before_the_operation() -> None:
     assert weight.cpu().eq(1).all()
 
 
+def test_what_was_refused_has_not_happened() -> None:
+    sim.configure(ROUND, races="raise")
+    side, third, x = stream(), stream(), torch.zeros(N, device="sim")
+    torch.sim.synchronize()
+    with side:
+        x.add_(1)
+    for _ in range(2):  # asked again, refused again
+        with pytest.raises(RuntimeError, match="unordered-write"):
+            x.add_(5)
+    side.synchronize()
+    with third:
+        x.sum()
+    torch.sim.synchronize()
+
+
+def test_a_source_that_its_owner_still_holds_is_watched_until_the_host_waits() -> None:
+    sim.configure(ROUND)
+    source, weight = pinned(), torch.zeros(N, device="sim")
+    weight.copy_(source, non_blocking=True)
+    for _ in range(2):  # time passes, and the pinned allocator looks around
+        torch.empty(2**24, dtype=torch.uint8, pin_memory=True)
+    source[0] = 9
+    torch.sim.synchronize()
+    assert [race.kind for race in sim.races()] == [HOST]
+
+
+def test_a_download_waited_for_in_steps_is_no_write_of_the_hosts() -> None:
+    sim.configure(ROUND)
+    side, host = stream(), pinned()
+    x, y = torch.zeros(N, device="sim"), torch.zeros(N, device="sim")
+    torch.sim.synchronize()
+    with side:
+        y.copy_(host, non_blocking=True)
+    main().wait_stream(side)
+    host.copy_(x, non_blocking=True)
+    main().synchronize()
+    side.synchronize()
+    assert sim.races() == []
+
+
 def test_raise_at_a_free_comes_with_the_next_operation() -> None:
     sim.configure(ROUND, races="raise")
     freed_while_another_stream_reads(False)

@@ -76,6 +76,9 @@ def _register() -> None:
     torch._register_device_module("sim", sys.modules[_device.__name__])
     torch.utils.generate_methods_for_privateuse1_backend(for_packed_sequence=False)
     _device.native.register_operators()
+    # torch starts its backward threads once, for the devices there are at the first backward pass,
+    # and this device may come, or grow, after it. Here backward passes run in the calling thread.
+    torch.autograd.set_multithreading_enabled(False)
     configure()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -42,23 +44,36 @@ def load_native() -> Any:
         # nobody.
         from filelock import FileLock
 
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SimulatorBuildError(
+                f"the compiled simulator is kept in {folder.parent}, which cannot be made "
+                f"({error.strerror}): name another folder in GREENROOM_CACHE"
+            ) from error
         with FileLock(f"{folder}.lock"):
             if not library.exists():
                 _build(folder)
-    torch.ops.load_library(str(library))
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        library.unlink()
+        raise SimulatorBuildError(
+            f"the compiled simulator {library} could not be loaded ({error}); it has been removed: "
+            "try again, and it is compiled anew"
+        ) from error
     return torch.ops.greenroom_sim
 
 
 def _fingerprint() -> str:
-    digest = hashlib.sha256(f"{torch.__version__} {sys.version_info[:2]} {sys.platform}".encode())
+    digest = hashlib.sha256(f"{torch.__version__} {sys.platform} {platform.machine()}".encode())
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _build(folder: Path) -> None:
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
     if shutil.which(compiler) is None:
         raise SimulatorBuildError(
             "the simulated accelerator is compiled on first use, and there is no C++ compiler "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -108,6 +109,8 @@ def configure(
         raise ValueError(f"devices is a number from 1 to 16, not {devices!r}")
     if races not in ("report", "raise", "off"):
         raise ValueError(f"races is 'report', 'raise' or 'off', not {races!r}")
+    if capacity is not None and parse_bytes(capacity) == 0:
+        raise ValueError("capacity is what the device can hold, and cannot be 0")
     link = chosen.link
     values = {
         "devices": devices,
@@ -196,6 +199,8 @@ def measure(device: int = 0) -> Iterator[Cost]:
 
 def _cost(before: Mapping[str, int], device: int, races_seen: int) -> Cost:
     now: dict[str, int] = _device.native.counters(device)
+    if before.get("epoch") != now["epoch"]:
+        before = {}  # a reset came between
     since = {key: value - before.get(key, 0) for key, value in now.items()}
     return Cost(
         seconds=since["now_ps"] * _PICO,
@@ -244,8 +249,8 @@ def slow_link(factor: float, *, direction: Direction = "both", device: int = 0) 
     """Let copies on a device's link take `factor` times as long, until the next reset."""
     if direction not in ("h2d", "d2h", "both"):
         raise ValueError(f"direction is 'h2d', 'd2h' or 'both', not {direction!r}")
-    if not factor > 0:
-        raise ValueError(f"factor is a positive number, not {factor!r}")
+    if not 0 < factor < math.inf:
+        raise ValueError(f"factor is a positive, finite number, not {factor!r}")
     _device.native.slow_link(_known(device), direction, float(factor))
 
 

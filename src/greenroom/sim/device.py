@@ -74,16 +74,26 @@ __all__ = [
 
 Device: TypeAlias = "torch.device | int | str | None"
 
+_initialized = True  # torch.utils.checkpoint asks before it keeps the generators' states
 native: Any = None  # the compiled simulator, set when greenroom.sim is imported
 profile: Profile = get_profile("rtx-4090")  # the machine in force, set by configure()
 
 
 def _index(device: Device = None) -> int:
-    if isinstance(device, int):
-        return device
-    if device is None or torch.device(device).index is None:
+    index = device if isinstance(device, int) else None
+    if device is not None and not isinstance(device, int):
+        named = torch.device(device)
+        if named.type != "sim":
+            raise ValueError(f"a simulated device is meant here (sim:0 ...), not {named}")
+        index = named.index
+    if index is None:
         return current_device()
-    return int(torch.device(device).index)
+    if not 0 <= index < device_count():
+        raise RuntimeError(
+            f"sim:{index} does not exist: the simulator is configured with {device_count()} "
+            f"device(s). Ask for more with greenroom.sim.configure(..., devices={index + 1})."
+        )
+    return int(index)
 
 
 def device_count() -> int:

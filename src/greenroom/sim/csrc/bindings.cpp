@@ -60,6 +60,7 @@ c10::Dict<std::string, int64_t> counters(int64_t device) {
   const greenroom::Memory& memory = world.memory(int(device));
   c10::Dict<std::string, int64_t> result;
   result.insert("now_ps", world.now());
+  result.insert("epoch", int64_t(world.epoch()));
   result.insert("kernels", c.kernels);
   result.insert("syncs", c.syncs);
   result.insert("h2d_bytes", c.h2d_bytes);
@@ -78,7 +79,7 @@ c10::Dict<std::string, int64_t> counters(int64_t device) {
 void reset_peak(int64_t device) {
   const World::Lock lock;
   auto& memory = World::get().memory(int(device));
-  for (auto* gauge : {&memory.active, &memory.reserved}) gauge->peak = gauge->current;
+  for (auto* gauge : {&memory.active, &memory.reserved}) gauge->forget_peak();
 }
 
 void raise_peak(int64_t device, int64_t active, int64_t reserved) {
@@ -96,7 +97,7 @@ std::map<int64_t, Block*>& registered() {
 void host_register(int64_t address, int64_t nbytes) {
   const World::Lock lock;
   World& world = World::get();
-  TORCH_CHECK_VALUE(world.find_pinned(reinterpret_cast<char*>(address)) == nullptr, "this host memory is page-locked already");
+  TORCH_CHECK_VALUE(!world.any_pinned(reinterpret_cast<char*>(address), size_t(nbytes)), "this host memory is page-locked already");
   Block* block = world.pin(size_t(nbytes), true);
   block->ptr = reinterpret_cast<char*>(address);
   world.index_pinned(block);

@@ -6,6 +6,7 @@
 // and views come out right, time and memory are accounted for, and nothing is computed. What comes out depends on the shapes
 // that went in alone, so it is remembered: many meta kernels are slow Python, and a denoising loop repeats itself.
 #include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
 
 #include <algorithm>
 #include <unordered_map>
@@ -115,8 +116,10 @@ class Call {
 
   template <typename F>
   void each_argument_tensor(F visit);
+  bool writes(size_t argument) const;
   void look_at(const Tensor& t, bool write, bool may_be_on_cpu);
   void execute(c10::DispatchKey key);
+  ResultShapes foresee();
   void infer();
   ResultShapes describe() const;
   void zero_results();
@@ -138,8 +141,10 @@ class Call {
   bool skip_ = false, views_ = false, writes_ = false, host_index_ = false;
   at::ScalarType dtype_ = at::kFloat;
   bool dtype_known_ = false;
-  Tensor on_cpu_;
+  Tensor on_cpu_;                // one that should be on the device
+  std::vector<Tensor> on_host_;  // all that are not
   int64_t bytes_ = 0;
+  std::string no_shapes_;  // why torch could not tell them
   Sizes in_, out_;
   std::vector<Span> spans_, fresh_;
   std::vector<Tensor> arguments_;  // simulated ones, in order
@@ -153,7 +158,7 @@ void Call::each_argument_tensor(F visit) {
   const auto& arguments = schema_.arguments();
   for (size_t i = 0; i < arguments.size(); ++i) {
     const IValue& value = stack_[base_ + i];
-    const bool write = arguments[i].alias_info() != nullptr && arguments[i].alias_info()->isWrite();
+    const bool write = writes(i);
     if (value.isTensor()) {
       visit(value.toTensor(), write, false);
     } else if (value.isTensorList()) {
@@ -165,9 +170,16 @@ void Call::each_argument_tensor(F visit) {
   }
 }
 
+bool Call::writes(size_t argument) const {
+  const c10::Argument& a = schema_.arguments()[argument];
+  if (a.alias_info() != nullptr && a.alias_info()->isWrite()) return true;
+  return name_ == "aten::native_batch_norm" && a.name().rfind("running_", 0) == 0;  // its schema does not say so
+}
+
 void Call::look_at(const Tensor& t, bool write, bool may_be_on_cpu) {
   if (!t.defined()) return;
   if (!is_sim(t)) {
+    on_host_.push_back(t);
     // CUDA's rule: next to device tensors only single numbers and indices may live on the host, and never as the result.
     if ((t.dim() > 0 && !may_be_on_cpu) || (write && t.device().is_cpu())) on_cpu_ = t;
     return;
@@ -178,6 +190,8 @@ void Call::look_at(const Tensor& t, bool write, bool may_be_on_cpu) {
   device_ = device;
   if (may_be_on_cpu && (t.scalar_type() == at::kBool || t.scalar_type() == at::kByte)) host_index_ = true;
   if (!dtype_known_ && flops_rate(t.scalar_type()) > 0) dtype_ = t.scalar_type(), dtype_known_ = true;
+  TORCH_CHECK(t.numel() == 0 || t.storage().nbytes() > 0, "greenroom.sim: ", name_, " uses a tensor of ", t.numel(),
+              " elements whose storage was resized to nothing: its memory has been freed");
   if (Block* block = block_of(t.storage())) {
     spans_.push_back(span_of(t, block, write));
     skip_ = skip_ || block->dry;
@@ -193,8 +207,11 @@ Tensor Call::shadow_of(const Tensor& t, bool write) {
   if (!t.defined()) return t;
   const auto key = skip_ ? c10::DispatchKey::Meta : c10::DispatchKey::CPU;
   if (!is_sim(t)) return skip_ && t.device().is_cpu() ? at::empty_strided(t.sizes(), t.strides(), t.options().device(at::kMeta)) : t;
-  for (const Shadow& s : shadows_)
-    if (s.sim.is_same(t)) return s.shadow;
+  for (Shadow& s : shadows_)
+    if (s.sim.is_same(t)) {
+      s.write = s.write || write;
+      return s.shadow;
+    }
   c10::Storage shadow;
   for (auto& pair : storages_)
     if (pair.first.is_alias_of(t.storage())) shadow = pair.second;
@@ -206,6 +223,8 @@ Tensor Call::shadow_of(const Tensor& t, bool write) {
     storages_.emplace_back(t.storage(), shadow);
   }
   shadows_.push_back({t, tensor_on(shadow, t, key), write});
+  if (name_ == "aten::_fused_sdp_choice")  // a mask that needs a gradient decides
+    shadows_.back().shadow.unsafeGetTensorImpl()->set_requires_grad(t.requires_grad());
   return shadows_.back().shadow;
 }
 
@@ -243,6 +262,7 @@ void Call::write_back(Shadow& s) {
   }
   if (s.sim.sizes() != s.shadow.sizes() || s.sim.strides() != s.shadow.strides())
     s.sim.unsafeGetTensorImpl()->set_sizes_and_strides(s.shadow.sizes(), s.shadow.strides(), s.shadow.storage_offset());
+  s.sim.unsafeGetTensorImpl()->_set_conj(s.shadow.is_conj());
 }
 
 c10::Storage Call::new_storage(size_t nbytes, c10::DataPtr memory) {
@@ -257,6 +277,8 @@ Tensor Call::adopt(const Tensor& result) {
   for (const Shadow& s : shadows_)
     if (s.shadow.is_same(result)) return s.sim;
   if (!result.device().is_cpu() && !result.device().is_meta()) return result;
+  for (const Tensor& t : on_host_)
+    if (t.storage().is_alias_of(result.storage())) return result;
   c10::Storage home;
   for (auto& pair : storages_)
     if (pair.second.is_alias_of(result.storage())) home = pair.first;
@@ -291,9 +313,11 @@ Picos Call::duration(const Stack& arguments) const {
 // Runs the operator on shadows of its arguments; its results, not yet adopted, are on the stack then.
 void Call::execute(c10::DispatchKey key) {
   const auto& arguments = schema_.arguments();
+  bool has_generator = false;
   for (size_t i = 0; i < arguments.size(); ++i) {
     IValue& value = stack_[base_ + i];
-    const bool write = arguments[i].alias_info() != nullptr && arguments[i].alias_info()->isWrite();
+    const bool write = writes(i);
+    has_generator = has_generator || arguments[i].name() == "generator";
     if (value.isNone() && !skip_ && arguments[i].name() == "generator")
       value = cpu_generator(default_generator(device_));
     else
@@ -303,6 +327,22 @@ void Call::execute(c10::DispatchKey key) {
     const bool before = std::exchange(in_kernel, true);
     ~Inside() { in_kernel = before; }
   } inside;
+  if (skip_ || !op_.hasTag(at::Tag::nondeterministic_seeded) || has_generator) {
+    op_.redispatchBoxed(c10::DispatchKeySet(key), &stack_);
+    return;
+  }
+  // The kernel draws from the CPU's default generator (dropout): for this call that is the device's.
+  at::Generator cpu = at::detail::getDefaultCPUGenerator(), sim = cpu_generator(default_generator(device_));
+  const auto state = cpu.get_state();
+  cpu.set_state(sim.get_state());
+  struct Restore {
+    at::Generator cpu, sim;
+    at::Tensor state;
+    ~Restore() {
+      sim.set_state(cpu.get_state());
+      cpu.set_state(state);
+    }
+  } restore{cpu, sim, state};
   op_.redispatchBoxed(c10::DispatchKeySet(key), &stack_);
 }
 
@@ -375,49 +415,53 @@ void Call::return_shapes(const ResultShapes& shapes) {
   }
 }
 
-// Dry mode: finds out from shapes what the operator returns, and so whether it is done or skipped. When it is skipped, its
-// results are on the stack afterwards.
-void Call::infer() {
-  std::string key;
-  append(key, static_cast<const void*>(&op_.schema()));
+// What the operator returns, told from shapes alone. The stack is as it was afterwards.
+ResultShapes Call::foresee() {
+  std::string key = name_ + "." + schema_.overload_name();
+  append(key, c10::get_default_dtype().id());
   std::vector<const void*> storages;
   bool comparable = true;
   for (size_t i = base_; comparable && i < stack_.size(); ++i) comparable = append_value(key, stack_[i], storages);
-  const bool touches_dry = skip_;
   if (comparable) {
     const World::Lock lock;
     const auto it = shape_cache.find(key);
-    if (it != shape_cache.end()) {
-      skip_ = touches_dry || it->second.any_above_limit;
-      if (!skip_) return;
-      if (it->second.known) return return_shapes(it->second);
-    }
+    if (it != shape_cache.end()) return it->second;
   }
-  skip_ = true;
   const Stack inputs(stack_.begin() + std::ptrdiff_t(base_), stack_.end());
+  const bool before = std::exchange(skip_, true);
   ResultShapes shapes;
   try {
     execute(c10::DispatchKey::Meta);
     shapes = describe();
   } catch (const std::exception& error) {
-    TORCH_CHECK(!touches_dry, "greenroom.sim: dry mode cannot skip ", name_, ", because torch cannot tell its result's shape without "
-                "computing it (", error.what(), "). Raise dry_above in greenroom.sim.configure() above the size of its arguments.");
+    no_shapes_ = error.what();
   }
-  if (comparable) {
+  skip_ = before;
+  shadows_.clear();
+  storages_.clear();
+  stack_.erase(stack_.begin() + std::ptrdiff_t(base_), stack_.end());
+  stack_.insert(stack_.end(), inputs.begin(), inputs.end());
+  if (comparable && no_shapes_.empty()) {
     const World::Lock lock;
     shape_cache[key] = shapes;
   }
+  return shapes;
+}
+
+// Dry mode: finds out from shapes whether the operator is done or skipped. When it is skipped, its results are on the stack
+// afterwards.
+void Call::infer() {
+  const bool touches_dry = skip_;
+  const ResultShapes shapes = foresee();
   skip_ = touches_dry || shapes.any_above_limit;
-  if (skip_) {
-    for (Shadow& s : shadows_)
-      if (s.write) write_back(s);
-    for (size_t i = stack_.size() - schema_.returns().size(); i < stack_.size(); ++i) stack_[i] = adopt(stack_[i]);
-  } else {
-    shadows_.clear();
-    storages_.clear();
-    stack_.erase(stack_.begin() + std::ptrdiff_t(base_), stack_.end());
-    stack_.insert(stack_.end(), inputs.begin(), inputs.end());
-  }
+  if (!skip_) return;
+  if (shapes.known) return return_shapes(shapes);
+  TORCH_CHECK(no_shapes_.empty(), "greenroom.sim: dry mode cannot skip ", name_, ", because torch cannot tell its result's shape "
+              "without computing it (", no_shapes_, "). Raise dry_above in greenroom.sim.configure() above the size of its arguments.");
+  execute(c10::DispatchKey::Meta);
+  for (Shadow& s : shadows_)
+    if (s.write) write_back(s);
+  for (size_t i = stack_.size() - schema_.returns().size(); i < stack_.size(); ++i) stack_[i] = adopt(stack_[i]);
 }
 
 // What was not computed reads as zero, also where it should have been written into a tensor that is real.
@@ -436,6 +480,9 @@ void Call::run() {
   TORCH_CHECK(!on_cpu_.defined() || device_ < 0, "Expected all tensors to be on the same device, but found at least two devices, sim:",
               device_, " and ", on_cpu_.device(), "! (when calling ", name_, ")");
   for (size_t i = base_; i < stack_.size(); ++i)
+    TORCH_CHECK(!stack_[i].isGenerator() || device_ >= 0 || on_host_.empty(), "Expected a 'cpu' device type for generator but found '",
+                stack_[i].toGenerator().device().type(), "'");
+  for (size_t i = base_; i < stack_.size(); ++i)
     if (device_ < 0 && stack_[i].isDevice() && stack_[i].toDevice().type() == kSim)
       device_ = stack_[i].toDevice().has_index() ? stack_[i].toDevice().index() : current_device();
   if (device_ < 0) device_ = current_device();
@@ -453,7 +500,7 @@ void Call::run() {
   if (is_kernel) {
     const World::Lock lock;
     world.check_fault(name_ == "aten::_local_scalar_dense" ? "copy" : "kernel");
-    world.begin(timeline, name_.c_str(), spans_);
+    world.begin(timeline, interned(name_), spans_);
   }
   Stack inputs;  // the cost formulas look at the arguments after the call
   if (is_kernel) inputs.assign(stack_.begin() + std::ptrdiff_t(base_), stack_.end());
@@ -462,6 +509,22 @@ void Call::run() {
   const bool computes = is_kernel && (returns_tensor || writes_);
   if (computes && world.config().dry_above >= 0) infer();
   if (!computes) skip_ = false;
+  if (computes && !skip_) {
+    bool tight = false;
+    {
+      const World::Lock lock;
+      tight = world.has_to_foresee(device_);
+    }
+    if (tight) {  // a refusal must come before the kernel has changed a buffer or drawn a number
+      const std::vector<int64_t> sizes = foresee().new_storages;
+      const World::Lock lock;
+      try {
+        world.foresee(device_, timeline, sizes);
+      } catch (const OutOfMemory& error) {
+        TORCH_CHECK_WITH(OutOfMemoryError, false, error.what());
+      }
+    }
+  }
   if (skip_) {
     zero_results();
   } else {
@@ -478,7 +541,7 @@ void Call::run() {
     world.finish_copy(timeline, Link::d2h, "item", in_.empty() ? 0 : arguments_[0].element_size(), true, true);
     return;
   }
-  world.finish_kernel(timeline, name_.c_str(), cost, fresh_);
+  world.finish_kernel(timeline, interned(name_), cost, fresh_);
   if (to_host) world.sync_stream(timeline);
 }
 

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 
 #include "ops.h"
@@ -21,8 +22,9 @@ bool same_layout(const Tensor& a, const Tensor& b) {  // may be moved as one run
          a.is_non_overlapping_and_dense() && b.is_non_overlapping_and_dense() && (a.strides() == b.strides() || (a.is_contiguous() && b.is_contiguous()));
 }
 
-std::shared_ptr<void> keep(const Tensor& t) {
-  return std::make_shared<c10::Storage>(t.storage());
+Keep keep(const Tensor& t) {
+  return {std::make_shared<c10::Storage>(t.storage()),
+          [](const void* storage) { return static_cast<const c10::Storage*>(storage)->use_count() == 1; }};
 }
 
 char* data(const Tensor& t) {
@@ -106,6 +108,9 @@ void move_bytes(const Tensor& target, const Tensor& source, bool non_blocking) {
 // made on the host if the copy blocks, on the device if it does not (between devices, on the source).
 Tensor& copy_(Tensor& self, const Tensor& from, bool non_blocking) {
   if (self.numel() == 0 || self.is_same(from)) return self;
+  for (const Tensor& t : {self, from})
+    TORCH_CHECK(t.storage().nbytes() > 0, "greenroom.sim: a copy uses a tensor of ", t.numel(),
+                " elements whose storage was resized to nothing: its memory has been freed");
   const Tensor expanded = from.expand_as(self);
   if (is_sim(self) && is_sim(expanded) && self.device() == expanded.device()) {
     on_device(self, expanded);
@@ -131,15 +136,15 @@ Tensor& copy_(Tensor& self, const Tensor& from, bool non_blocking) {
   return self;
 }
 
-// Whether nobody has ever written to this host memory: then it reads as zeros, and has no pages yet. Looks at three of them.
-bool is_untouched(const void* memory, size_t nbytes) {
+// Whether nobody has ever written to the memory a tensor spans: then it reads as zeros, and has no pages yet.
+bool is_untouched(const Tensor& t) {
   static const size_t page = size_t(::sysconf(_SC_PAGESIZE));
-  const auto first = reinterpret_cast<uintptr_t>(memory) / page, last = (reinterpret_cast<uintptr_t>(memory) + nbytes - 1) / page;
-  for (const uintptr_t at : {first + 1, (first + last) / 2, last - 1}) {
-    unsigned char resident = 1;
-    if (::mincore(reinterpret_cast<void*>(at * page), page, &resident) != 0 || (resident & 1) != 0) return false;
-  }
-  return true;
+  const Span span = span_of(t, nullptr, false);
+  const auto base = reinterpret_cast<uintptr_t>(t.storage().data());
+  const uintptr_t first = (base + span.begin) / page, last = (base + span.end - 1) / page;
+  std::vector<unsigned char> resident(last - first + 1);
+  if (::mincore(reinterpret_cast<void*>(first * page), resident.size() * page, resident.data()) != 0) return false;
+  return std::all_of(resident.begin(), resident.end(), [](unsigned char r) { return (r & 1) == 0; });
 }
 
 // Copies within host memory take the host's time too. In dry mode a large copy of memory that was never written, such as a
@@ -149,7 +154,7 @@ Tensor& host_copy_(Tensor& self, const Tensor& from, bool non_blocking) {
     const size_t nbytes = size_t(self.numel()) * self.element_size();
     const World::Lock lock;
     World::get().host_copy(nbytes);
-    if (World::get().is_dry(nbytes) && is_untouched(data(from), nbytes)) return self;
+    if (World::get().is_dry(nbytes) && World::get().is_dry(from.storage().nbytes()) && is_untouched(from)) return self;
   }
   return at::native::copy_(self, from, non_blocking);
 }

@@ -84,7 +84,7 @@ bool only_writes(const std::string& op) {
 bool host_reads_result(const std::string& op) {
   static const std::unordered_set<std::string> ops = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::masked_select",
                                                       "aten::_unique", "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
-                                                      "aten::unique_dim_consecutive", "aten::bincount"};
+                                                      "aten::unique_dim_consecutive", "aten::bincount", "aten::repeat_interleave"};
   return ops.count(op) > 0;
 }
 

@@ -44,7 +44,12 @@ int current_device() {
   return checked(-1);
 }
 
+int known_device(int device) {
+  return checked(device);
+}
+
 int current_timeline(int device) {
+  const World::Lock lock;
   return World::get().stream_of(device, stream_index(device));
 }
 
@@ -102,12 +107,21 @@ DataPtr make_block(int device, size_t nbytes, DataPtr memory, bool zero) {
     block->ptr = static_cast<char*>(memory.get());
     block->owner = std::make_shared<Poisoned>(std::move(memory), block->dry ? 0 : nbytes);
   }
+  {
+    const World::Lock lock;
+    World::get().index(block);
+  }
   result.release_context();
   return {block->ptr, block, &free_block, where};
 }
 
 Block* block_of(const DataPtr& data) {
-  return data.get_deleter() == &free_block ? static_cast<Block*>(data.get_context()) : nullptr;
+  if (data.get_deleter() == &free_block) return static_cast<Block*>(data.get_context());
+  if (data.get() == nullptr) return nullptr;
+  const World::Lock lock;  // a storage that torch made over a block's memory, as pickling does
+  Block* block = World::get().find(data.get());
+  TORCH_CHECK(block != nullptr, "greenroom.sim: this tensor's memory was not allocated on the simulated device");
+  return block;
 }
 
 Block* block_of(const c10::Storage& storage) {
@@ -136,7 +150,7 @@ struct SimAllocator final : c10::DeviceAllocator {
       array[0].current = gauge.current;
       array[0].peak = gauge.peak;
       array[0].allocated = gauge.total;
-      array[0].freed = gauge.total - gauge.current;
+      array[0].freed = gauge.freed;
     };
     fill(stats.allocated_bytes, memory.allocated);
     fill(stats.active_bytes, memory.active);
@@ -151,12 +165,12 @@ struct SimAllocator final : c10::DeviceAllocator {
     const World::Lock lock;
     Memory& memory = World::get().memory(checked(device));
     memory.flushes = memory.ooms = memory.allocs = 0;
-    for (Gauge* gauge : {&memory.allocated, &memory.active, &memory.reserved, &memory.requested}) gauge->total = 0;
+    for (Gauge* gauge : {&memory.allocated, &memory.active, &memory.reserved, &memory.requested}) gauge->forget_total();
   }
   void resetPeakStats(DeviceIndex device) override {
     const World::Lock lock;
     Memory& memory = World::get().memory(checked(device));
-    for (Gauge* gauge : {&memory.allocated, &memory.active, &memory.reserved, &memory.requested}) gauge->peak = gauge->current;
+    for (Gauge* gauge : {&memory.allocated, &memory.active, &memory.reserved, &memory.requested}) gauge->forget_peak();
   }
   std::pair<size_t, size_t> getMemoryInfo(DeviceIndex device) override {
     const World::Lock lock;
@@ -211,7 +225,7 @@ struct PinnedAllocator final : at::HostAllocator {
   void reset_accumulated_stats() override {}
   void reset_peak_stats() override {
     const World::Lock lock;
-    World::get().pinned.peak = World::get().pinned.current;
+    World::get().pinned.forget_peak();
   }
 };
 
@@ -225,8 +239,8 @@ struct SimGenerator final : c10::GeneratorImpl {
       : GeneratorImpl(Device(kSim, device), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1)), inner(std::move(cpu)) {}
   static c10::DeviceType device_type() { return kSim; }
   void set_current_seed(uint64_t seed) override { inner.set_current_seed(seed); }
-  void set_offset(uint64_t offset) override { inner.set_offset(offset); }
-  uint64_t get_offset() const override { return inner.get_offset(); }
+  void set_offset(uint64_t) override {}  // the CPU's generator has none; copying a generator asks for it
+  uint64_t get_offset() const override { return 0; }
   uint64_t current_seed() const override { return inner.current_seed(); }
   uint64_t seed() override { return inner.seed(); }
   void set_state(const c10::TensorImpl& state) override { inner.unsafeGetGeneratorImpl()->set_state(state); }

@@ -13,6 +13,7 @@ namespace greenroom {
 constexpr auto kSim = c10::DeviceType::PrivateUse1;
 
 int current_device();
+int known_device(int device);  // refuses one that is not configured; a negative one is the current
 int current_timeline(int device);  // of this thread's current stream on the device
 int timeline_of(const c10::Stream& stream);
 

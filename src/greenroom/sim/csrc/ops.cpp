@@ -7,11 +7,13 @@
 #include <ATen/native/transformers/attention.h>
 #include <torch/library.h>
 
+#include <set>
+
 #include "ops.h"
 
 namespace greenroom {
 
-using at::Tensor;
+using namespace at;  // for torch's lists of operators under autocast, which name its types
 
 namespace {
 
@@ -29,7 +31,7 @@ Tensor copy_from_and_resize(const Tensor& self, const Tensor& target) {
 }
 
 int device_index(std::optional<c10::Device> device) {
-  return device.has_value() && device->has_index() ? device->index() : current_device();
+  return known_device(device.has_value() ? device->index() : -1);
 }
 
 Tensor new_tensor(int device, c10::IntArrayRef sizes, c10::IntArrayRef strides, size_t nbytes, caffe2::TypeMeta dtype) {
@@ -67,10 +69,15 @@ const Tensor& resize_(const Tensor& self, c10::IntArrayRef sizes, std::optional<
 }
 
 Tensor& set_storage(Tensor& self, at::Storage source, int64_t offset, c10::IntArrayRef sizes, c10::IntArrayRef strides) {
+  TORCH_CHECK(source.device() == self.device(), "Attempted to set the storage of a tensor on device \"", self.device(),
+              "\" to a storage on different device \"", source.device(), "\"");
+  const c10::DimVector dense = c10::contiguous_strides(sizes);
+  const c10::IntArrayRef chosen = strides.size() == sizes.size() ? strides : c10::IntArrayRef(dense);
+  const size_t nbytes = at::detail::computeStorageNbytes(sizes, chosen, self.element_size(), size_t(offset));
+  if (nbytes > source.nbytes()) at::detail::getPrivateUse1Hooks().resizePrivateUse1Bytes(source, nbytes);
   c10::TensorImpl* impl = self.unsafeGetTensorImpl();
   impl->set_storage_keep_dtype(std::move(source));
-  const c10::DimVector dense = c10::contiguous_strides(sizes);
-  impl->set_sizes_and_strides(sizes, strides.size() == sizes.size() ? strides : c10::IntArrayRef(dense), offset);
+  impl->set_sizes_and_strides(sizes, chosen, offset);
   return self;
 }
 
@@ -97,6 +104,11 @@ bool has_compatible_shallow_copy_type(const Tensor& self, const Tensor& from) {
   return self.layout() == at::kStrided && from.layout() == at::kStrided;
 }
 
+// Nested tensors, which this leads to, are not simulated.
+bool nested_tensor_from_mask_left_aligned(const Tensor&, const Tensor&) {
+  return false;
+}
+
 int64_t fused_sdp_choice(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask, double dropout, bool causal,
                          std::optional<double> scale, bool gqa) {
   // Without a choice of its own a device gets the unfused path, whose results differ from the CPU's in the last bits.
@@ -115,6 +127,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("record_stream", &record_stream);
+  m.impl("_nested_tensor_from_mask_left_aligned", &nested_tensor_from_mask_left_aligned);
   m.impl("_has_compatible_shallow_copy_type", &has_compatible_shallow_copy_type);
 }
 
@@ -133,9 +146,18 @@ TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) {
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
 #define LOWER(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
 #define FULL(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
+#define FULL_IF_UNSET(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32_set_opt_dtype)
+#define FULL_APPENDED(...) KERNEL_DIFFERENT_REDISPATCH_SIGNATURE_PRIVATEUSEONE(__VA_ARGS__)
+#define WIDEST(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, promote)
   AT_FORALL_LOWER_PRECISION_FP(LOWER)
   AT_FORALL_FP32(FULL)
+  AT_FORALL_FP32_SET_OPT_DTYPE(FULL_IF_UNSET)
+  AT_FORALL_DIFFERENT_REDISPATCH_SIGNATURE(FULL_APPENDED)
+  AT_FORALL_PROMOTE(WIDEST)
 #undef LOWER
+#undef FULL_IF_UNSET
+#undef FULL_APPENDED
+#undef WIDEST
 #undef FULL
 }
 
@@ -150,20 +172,20 @@ REGISTER_PRIVATEUSE1_DISPATCH(_fused_sdp_choice_stub, &greenroom::fused_sdp_choi
 namespace greenroom {
 
 // Composite kernels would win over the fallback and decompose what the CPU does in one kernel, with other roundings. So every
-// operator that has a CPU kernel gets the fallback by name, and the convolutions, whose composite asks for the device type.
+// operator that has a CPU kernel gets the fallback by name, and so do composites that ask for the device's type.
 void register_operators() {
   at::globalContext().lazyInitDevice(kSim);  // before it, torch asks no device whether memory is pinned
+  static const std::set<std::string> ask_for_the_device = {"aten::convolution", "aten::convolution_backward", "aten::conj_physical_",
+                                                           "aten::mode.values"};
   static torch::Library library(torch::Library::IMPL, "aten", c10::DispatchKey::PrivateUse1, __FILE__, __LINE__);
   auto& dispatcher = c10::Dispatcher::singleton();
   for (const c10::OperatorName& name : dispatcher.getAllOpNames()) {
     if (name.name.rfind("aten::", 0) != 0) continue;
     const auto op = dispatcher.findOp(name);
     if (!op.has_value() || op->hasKernelForDispatchKey(c10::DispatchKey::PrivateUse1)) continue;
-    const bool convolution = name.name == "aten::convolution" || name.name == "aten::convolution_backward";
-    if (op->hasKernelForDispatchKey(c10::DispatchKey::CPU) || (convolution && name.overload_name.empty())) {
-      const std::string full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
+    const std::string full = name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
+    if (op->hasKernelForDispatchKey(c10::DispatchKey::CPU) || ask_for_the_device.count(full))
       library.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&fallback>());
-    }
   }
 }
 

@@ -24,6 +24,13 @@ uint64_t checksum(const char* bytes, size_t n) {
 
 }  // namespace
 
+const char* interned(const std::string& name) {
+  static std::mutex mutex;
+  static auto* names = new std::set<std::string>;
+  std::lock_guard<std::mutex> lock(mutex);
+  return names->insert(name).first->c_str();
+}
+
 Picos to_picos(double seconds) {
   return std::llround(seconds * 1e12);
 }
@@ -114,11 +121,11 @@ void World::reset() {
     memory.cached.clear();
     memory.reserved.current = memory.active.current;
     for (Gauge* gauge : {&memory.allocated, &memory.active, &memory.reserved, &memory.requested})
-      gauge->peak = gauge->current, gauge->total = 0;
+      gauge->forget_peak(), gauge->forget_total();
     memory.allocs = memory.ooms = memory.flushes = 0;
   }
   empty_pinned_cache();
-  pinned.peak = pinned.current, pinned.total = 0;
+  pinned.forget_peak(), pinned.forget_total();
   faults_.clear();
   races.clear();
   trace.clear();
@@ -255,26 +262,30 @@ void World::raise_if_asked() {
   throw std::runtime_error(text);
 }
 
-void World::touch(Stream& stream, int timeline, const Span& span, const char* op) {
-  auto& history = span.block->history;
+void World::check(const Stream& stream, int timeline, const Span& span, const char* op) {
+  for (const Segment& segment : span.block->history) {
+    const size_t begin = std::max(segment.begin, span.begin), end = std::min(segment.end, span.end);
+    if (begin >= end) continue;
+    const auto clashes = [&](const Access& other) {
+      if (ordered(other, stream)) return false;
+      report(span.write ? "unordered-write" : "unordered-read", stream.device, timeline, op, other, end - begin);
+      return true;
+    };
+    if (clashes(segment.write)) return;  // one report for an operand is enough
+    if (span.write && std::any_of(segment.reads.begin(), segment.reads.end(), clashes)) return;
+  }
+}
+
+void World::touch(const Stream& stream, int timeline, const Span& span, const char* op) {
   const Access access{timeline, stream.clock[timeline], op};
-  const auto check = [&](const Access& other, const char* kind, size_t nbytes) {
-    if (ordered(other, stream)) return true;
-    report(kind, stream.device, timeline, op, other, nbytes);
-    return false;
-  };
   std::vector<Segment> result;
-  bool placed = false, clean = true;  // one report per operand is enough
-  for (Segment& segment : history) {
+  bool placed = false;
+  for (Segment& segment : span.block->history) {
     const size_t begin = std::max(segment.begin, span.begin), end = std::min(segment.end, span.end);
     if (begin >= end) {
       result.push_back(std::move(segment));
       continue;
     }
-    if (clean) clean = check(segment.write, span.write ? "unordered-write" : "unordered-read", end - begin);
-    if (span.write && clean)
-      for (const Access& read : segment.reads)
-        if (!(clean = check(read, "unordered-write", end - begin))) break;
     if (segment.begin < begin) result.push_back({segment.begin, begin, segment.write, segment.reads});
     if (span.write) {
       if (!placed) result.push_back({span.begin, span.end, access, {}});
@@ -290,7 +301,7 @@ void World::touch(Stream& stream, int timeline, const Span& span, const char* op
     }
     if (end < segment.end) result.push_back({end, segment.end, segment.write, segment.reads});
   }
-  history = std::move(result);
+  span.block->history = std::move(result);
 }
 
 // ---- work ---------------------------------------------------------------------------------------------------------------
@@ -301,11 +312,11 @@ void World::begin(int timeline, const char* op, const std::vector<Span>& spans) 
   catch_up(stream);
   stream.clock.set(timeline, stream.clock[timeline] + 1);
   if (config_.races == "off") return;
-  for (const Span& span : spans)
-    if (!span.write) touch(stream, timeline, span, op);
-  for (const Span& span : spans)
-    if (span.write) touch(stream, timeline, span, op);
-  raise_if_asked();
+  for (const Span& span : spans) check(stream, timeline, span, op);
+  raise_if_asked();  // before anything is written down: a refused operation has not been
+  for (const bool write : {false, true})
+    for (const Span& span : spans)
+      if (span.write == write) touch(stream, timeline, span, op);
 }
 
 void World::finish_kernel(int timeline, const char* op, Picos duration, const std::vector<Span>& fresh) {
@@ -373,37 +384,38 @@ void World::finish_peer_copy(int from, int to, size_t nbytes) {
   target.clock.join(source.clock);
 }
 
-void World::defer_delivery(int timeline, const char* op, char* host, const void* bytes, size_t nbytes, std::shared_ptr<void> keep) {
+void World::defer_delivery(int timeline, const char* op, char* host, const void* bytes, size_t nbytes, Keep keep) {
   const char* from = static_cast<const char*>(bytes);
   transfers_.push_back({timeline, at(timeline).clock[timeline], at(timeline).time, op, host, nbytes, std::vector<char>(from, from + nbytes), 0, true, std::move(keep)});
 }
 
-void World::watch_source(int timeline, const char* op, const char* host, size_t nbytes, std::shared_ptr<void> keep) {
+void World::watch_source(int timeline, const char* op, const char* host, size_t nbytes, Keep keep) {
   transfers_.push_back({timeline, at(timeline).clock[timeline], at(timeline).time, op, const_cast<char*>(host), nbytes, {}, checksum(host, nbytes), false, std::move(keep)});
 }
 
-void World::deliver(Transfer& transfer) {
+void World::deliver(Transfer& transfer, std::vector<Transfer>& also) {
   if (transfer.nbytes == 0) return;
   if (transfer.to_host) {
     std::memcpy(transfer.host, transfer.bytes.data(), transfer.nbytes);
-    for (Transfer& other : transfers_)  // these bytes are the device's own: no host has changed that copy's source
-      if (!other.to_host && other.host < transfer.host + transfer.nbytes && transfer.host < other.host + other.nbytes) other.nbytes = 0;
+    for (auto* list : {&transfers_, &also})  // these bytes are the device's own: no host has changed that copy's source
+      for (Transfer& other : *list)
+        if (!other.to_host && other.host < transfer.host + transfer.nbytes && transfer.host < other.host + other.nbytes) other.nbytes = 0;
   } else if (config_.races != "off" && checksum(transfer.host, transfer.nbytes) != transfer.checksum) {
     report("host-write", at(transfer.stream).device, 0, "host write", {transfer.stream, transfer.stamp, transfer.op}, transfer.nbytes);
   }
 }
 
 void World::reclaim_pinned() {
-  std::vector<Transfer> waiting;
+  std::vector<Transfer> waiting, done;
   for (Transfer& transfer : transfers_) {
-    if (transfer.to_host || transfer.end > host_time_) {
-      waiting.push_back(std::move(transfer));
-    } else {
-      deliver(transfer);
-      garbage_.push_back(std::move(transfer.keep));
-    }
+    const bool ended = !transfer.to_host && transfer.end <= host_time_ && transfer.keep.unshared(transfer.keep.memory.get());
+    (ended ? done : waiting).push_back(std::move(transfer));
   }
   transfers_.swap(waiting);
+  for (Transfer& transfer : done) {
+    deliver(transfer, done);
+    garbage_.push_back(std::move(transfer.keep.memory));
+  }
 }
 
 void World::deliver_overlapping(int timeline, const char* host, size_t nbytes) {
@@ -411,22 +423,19 @@ void World::deliver_overlapping(int timeline, const char* host, size_t nbytes) {
   for (Transfer& transfer : transfers_)
     if (transfer.to_host && transfer.host < host + nbytes && host < transfer.host + transfer.nbytes &&
         (transfer.stream == timeline || ordered({transfer.stream, transfer.stamp, ""}, stream))) {
-      deliver(transfer);
+      deliver(transfer, transfers_);
       transfer.nbytes = 0;
     }
 }
 
 void World::settle() {
-  std::vector<Transfer> waiting;
-  for (Transfer& transfer : transfers_) {
-    if (host_clock_[transfer.stream] >= transfer.stamp) {
-      deliver(transfer);
-      garbage_.push_back(std::move(transfer.keep));
-    } else {
-      waiting.push_back(std::move(transfer));
-    }
-  }
+  std::vector<Transfer> waiting, done;
+  for (Transfer& transfer : transfers_) (host_clock_[transfer.stream] >= transfer.stamp ? done : waiting).push_back(std::move(transfer));
   transfers_.swap(waiting);
+  for (Transfer& transfer : done) {
+    deliver(transfer, done);
+    garbage_.push_back(std::move(transfer.keep.memory));
+  }
 }
 
 }  // namespace greenroom

@@ -53,6 +53,8 @@ class Clock {
   std::vector<uint64_t> at_;
 };
 
+const char* interned(const std::string& name);  // lives for ever, as a schema need not
+
 struct Access {  // one operation's touch of some bytes
   int stream = 0;      // timeline index; 0 means nobody
   uint64_t stamp = 0;  // that timeline's count when it happened
@@ -80,6 +82,12 @@ struct Span {  // an operand: bytes of a block that an operation reads or writes
   Block* block;
   size_t begin, end;
   bool write;
+};
+
+// Host memory that a copy in flight keeps alive, and whether nobody else does any more.
+struct Keep {
+  std::shared_ptr<void> memory;
+  bool (*unshared)(const void* memory);
 };
 
 struct Event {
@@ -110,9 +118,11 @@ struct Counters {
 };
 
 struct Gauge {
-  int64_t current = 0, peak = 0, total = 0;
+  int64_t current = 0, peak = 0, total = 0, freed = 0;
   void add(int64_t n);
-  void sub(int64_t n) { current -= n; }
+  void sub(int64_t n) { current -= n, freed += n; }
+  void forget_peak() { peak = current; }
+  void forget_total() { total = freed = 0; }
 };
 
 // Device memory as torch's caching allocator presents it, without fragmentation: freed bytes stay cached for the stream that
@@ -161,11 +171,17 @@ class World {
   void reset();
   const Config& config() const { return config_; }
   Picos now() const { return host_time_; }
+  uint64_t epoch() const { return epoch_; }
   bool is_dry(size_t nbytes) const { return config_.dry_above >= 0 && int64_t(nbytes) > config_.dry_above; }
 
   // Memory. `allocate` charges the bytes; the caller then attaches the real memory as `owner`.
   Block* allocate(int device, int stream, size_t nbytes);
   void release(Block* block) noexcept;
+  // Throws what an operator's allocations would throw, before it has done anything.
+  void foresee(int device, int stream, const std::vector<int64_t>& sizes);
+  bool has_to_foresee(int device) const;
+  void index(Block* block);               // once its ptr is known
+  Block* find(const void* ptr);           // the device memory that a foreign pointer leads to
   void record_stream(Block* block, int stream);
   void empty_cache(int device);
   Memory& memory(int device) { return devices_.at(device).memory; }
@@ -175,6 +191,7 @@ class World {
   void unpin(Block* block, bool in_place) noexcept;
   void reclaim_pinned();  // lets go of sources whose copies have ended by now, as torch's allocator does at each request
   Block* find_pinned(const void* ptr);
+  bool any_pinned(const char* begin, size_t nbytes) const;
   void empty_pinned_cache();
   Gauge pinned;
   int64_t pinned_cached() const;
@@ -202,8 +219,8 @@ class World {
   void finish_peer_copy(int from_stream, int to_stream, size_t nbytes);
   // A pinned copy in flight: device-to-host bytes are delivered, and a host-to-device source is looked at again, once the host
   // has waited for the copy. `keep` holds the host memory alive until then.
-  void defer_delivery(int stream, const char* op, char* host, const void* bytes, size_t nbytes, std::shared_ptr<void> keep);
-  void watch_source(int stream, const char* op, const char* host, size_t nbytes, std::shared_ptr<void> keep);
+  void defer_delivery(int stream, const char* op, char* host, const void* bytes, size_t nbytes, Keep keep);
+  void watch_source(int stream, const char* op, const char* host, size_t nbytes, Keep keep);
   void deliver_overlapping(int stream, const char* host, size_t nbytes);  // before a copy reads what an earlier one wrote
 
   void fail(const std::string& kind, int64_t nth);
@@ -231,19 +248,20 @@ class World {
     std::vector<char> bytes;  // device to host: what will arrive
     uint64_t checksum;        // host to device: what was there
     bool to_host;
-    std::shared_ptr<void> keep;
+    Keep keep;
   };
 
   World();
   void catch_up(Stream& stream);  // what the host knows, its next operation knows
   Stream& at(int timeline) { return *streams_.at(timeline); }
   bool ordered(const Access& access, const Stream& stream) const;
-  void touch(Stream& stream, int timeline, const Span& span, const char* op);
+  void check(const Stream& stream, int timeline, const Span& span, const char* op);
+  void touch(const Stream& stream, int timeline, const Span& span, const char* op);
   void report(const char* kind, int device, int stream, const char* op, const Access& other, size_t nbytes);
   void raise_if_asked();
   void host_waits_until(Picos time, const Clock& clock);
   void settle();
-  void deliver(Transfer& transfer);
+  void deliver(Transfer& transfer, std::vector<Transfer>& also);
   void drop_held(int device, bool wait);
   void give_back(Block* block) noexcept;
   void note(const std::string& name, int device, const char* lane, Picos start, Picos duration, int64_t value);
@@ -255,7 +273,7 @@ class World {
   uint64_t host_version_ = 1, epoch_ = 0;
   Picos host_time_ = 0;
   std::vector<Transfer> transfers_;
-  std::map<const char*, Block*> pinned_index_;
+  std::map<const char*, Block*> index_, pinned_index_;
   std::map<int64_t, int64_t> pinned_free_;  // rounded size -> cached blocks
   std::map<std::string, int64_t> faults_;
   std::string pending_error_;

@@ -35,6 +35,41 @@ std::string size_of(int64_t n) {
 
 // ---- device memory ------------------------------------------------------------------------------------------------------
 
+bool World::has_to_foresee(int device) const {
+  constexpr int64_t kPlenty = int64_t(2) << 30;  // operators rarely return more than this
+  return faults_.count("device_alloc") > 0 || config_.capacity - devices_.at(device).memory.active.current < kPlenty;
+}
+
+void World::foresee(int device, int stream, const std::vector<int64_t>& sizes) {
+  std::vector<Block*> blocks;
+  const auto fault = faults_.find("device_alloc");
+  const int64_t countdown = fault == faults_.end() ? 0 : fault->second;
+  const Memory before = devices_.at(device).memory;
+  const size_t traced = trace.size();
+  const auto undo = [&] {
+    for (Block* block : blocks) delete block;
+    trace.resize(traced);
+    Memory& memory = devices_.at(device).memory;
+    const int64_t flushes = memory.flushes, ooms = memory.ooms;
+    if (flushes == before.flushes) memory = before;  // else the cache is gone, and what is in use is as it was
+    else {
+      memory.allocated = before.allocated, memory.active = before.active, memory.requested = before.requested;
+      memory.cached.clear();
+      memory.reserved.current = before.active.current;
+    }
+    memory.flushes = flushes, memory.ooms = ooms;
+  };
+  try {
+    for (const int64_t nbytes : sizes)
+      if (nbytes > 0) blocks.push_back(allocate(device, stream, size_t(nbytes)));
+  } catch (...) {
+    undo();
+    throw;
+  }
+  undo();
+  if (countdown > 0) faults_["device_alloc"] = countdown;  // the real allocations will count
+}
+
 Block* World::allocate(int device, int stream, size_t nbytes) {
   Memory& memory = devices_.at(device).memory;
   const int64_t want = round_up(int64_t(nbytes), kGranule);
@@ -50,7 +85,6 @@ Block* World::allocate(int device, int stream, size_t nbytes) {
       // What torch does before it gives up: wait for the blocks other streams hold, give every cached block back, try again.
       ++memory.flushes;
       sync_device(device);
-      drop_held(device, true);
       empty_cache(device);
       fresh = want;
       if (memory.reserved.current + fresh > config_.capacity) {
@@ -80,8 +114,21 @@ Block* World::allocate(int device, int stream, size_t nbytes) {
   return block;
 }
 
+void World::index(Block* block) {
+  index_[block->ptr] = block;
+}
+
+Block* World::find(const void* ptr) {
+  auto it = index_.upper_bound(static_cast<const char*>(ptr));
+  if (it == index_.begin()) return nullptr;
+  Block* block = std::prev(it)->second;
+  return ptr < block->ptr + block->nbytes ? block : nullptr;
+}
+
 void World::release(Block* block) noexcept {
   const Lock lock;
+  const auto indexed = index_.find(block->ptr);
+  if (indexed != index_.end() && indexed->second == block) index_.erase(indexed);
   const Stream& home = at(block->stream);
   if (config_.races != "off") {
     for (const Segment& segment : block->history) {
@@ -131,7 +178,9 @@ void World::record_stream(Block* block, int stream) {
 }
 
 void World::empty_cache(int device) {
-  drop_held(device, false);
+  // As torch does: what other streams hold is waited for.
+  if (!devices_.at(device).held.empty()) settle_device(device);
+  drop_held(device, true);
   Memory& memory = devices_.at(device).memory;
   for (auto& entry : memory.cached) {
     memory.reserved.sub(entry.second);
@@ -191,6 +240,13 @@ Block* World::find_pinned(const void* ptr) {
   if (it == pinned_index_.begin()) return nullptr;
   Block* block = std::prev(it)->second;
   return ptr < block->ptr + block->nbytes ? block : nullptr;
+}
+
+bool World::any_pinned(const char* begin, size_t nbytes) const {
+  const auto next = pinned_index_.lower_bound(begin + nbytes);
+  if (next == pinned_index_.begin()) return false;
+  const Block* block = std::prev(next)->second;
+  return begin < block->ptr + block->nbytes;
 }
 
 int64_t World::pinned_cached() const {
