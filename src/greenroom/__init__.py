@@ -1,7 +1,53 @@
 """greenroom runs PyTorch pipelines of several models on accelerators too small to hold them all:
 weights wait in host memory, the green room, and are on the device only while they are needed.
+
+>>> import greenroom
+>>> greenroom.enable_model_cpu_offload(pipe)
+>>> image = pipe("a red circle above a blue square").images[0]
 """
 
-__all__ = ["__version__"]
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .drop_in import install, uninstall
+    from .errors import GreenroomError, NoAcceleratorError, UsageError, WeightsError
+    from .pipeline import (
+        OffloadMixin,
+        disable_model_cpu_offload,
+        enable_model_cpu_offload,
+        offload_now,
+    )
+
+__all__ = [
+    "GreenroomError",
+    "NoAcceleratorError",
+    "OffloadMixin",
+    "UsageError",
+    "WeightsError",
+    "__version__",
+    "disable_model_cpu_offload",
+    "enable_model_cpu_offload",
+    "install",
+    "offload_now",
+    "uninstall",
+]
 
 __version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "GreenroomError": "errors",
+    "NoAcceleratorError": "errors",
+    "UsageError": "errors",
+    "WeightsError": "errors",
+    "install": "drop_in",
+    "uninstall": "drop_in",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # torch and accelerate take seconds to import; `greenroom --help` should not wait for them.
+    if name not in __all__:
+        raise AttributeError(f"module 'greenroom' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES.get(name, 'pipeline')}", __name__), name)

@@ -107,7 +107,7 @@ def execute(
     if not os.path.isfile(script):
         print(f"greenroom: there is no script {script!r}", file=sys.stderr)
         raise typer.Exit(2)
-    from .install import run_script
+    from .drop_in import run_script
 
     run_script(script, context.args)
 

@@ -1,0 +1,77 @@
+"""The few things that differ between accelerators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class Backend:
+    """One device: its torch module, and whether it can page-lock memory where it lies."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._module: Any = torch.get_device_module(device)
+
+    def empty_cache(self) -> None:
+        """Give the allocator's cached memory back to the device."""
+        if hasattr(self._module, "empty_cache"):
+            self._module.empty_cache()
+
+    def is_busy(self) -> bool:
+        """Whether the current stream still has work: the host may do something long meanwhile."""
+        with self._module.device(self.device):
+            return not self._module.current_stream().query()
+
+    def pin(self, memory: torch.Tensor) -> bool:
+        """Page-lock a CPU tensor's storage in place; False where that cannot be done."""
+        storage = memory.untyped_storage()
+        if self.device.type == "cuda":
+            # cudaHostRegisterDefault. A refusal leaves an error behind that would surface in a
+            # later call; torch's own wrapper does not raise, and the next synchronising call reads
+            # and clears it.
+            return (
+                int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
+                == 0
+            )
+        if self.device.type == "sim":
+            from .. import sim
+
+            try:
+                sim.host_register(memory)
+            except RuntimeError:
+                return False
+            return True
+        return False
+
+    def unpin(self, memory: torch.Tensor) -> None:
+        """Undo `pin`; waits for the device first, which may still read the memory."""
+        torch.accelerator.synchronize(self.device)
+        if self.device.type == "cuda":
+            torch.cuda.cudart().cudaHostUnregister(memory.untyped_storage().data_ptr())
+        elif self.device.type == "sim":
+            from .. import sim
+
+            sim.host_unregister(memory)
+
+
+def find_device(device: torch.device | str | None) -> torch.device:
+    """The device that is meant, without an index if none was named.
+
+    None means the machine's accelerator.
+
+    Raises:
+        NoAcceleratorError: None was given and torch finds no accelerator.
+    """
+    from ..errors import NoAcceleratorError
+
+    if device is not None:
+        return torch.device(device)
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        raise NoAcceleratorError(
+            "offloading needs an accelerator and torch finds none. Install a torch build for "
+            "yours, or `import greenroom.sim` to try it on the simulated one."
+        )
+    return found

@@ -1,0 +1,145 @@
+"""The thin shell around the machine: one engine for each device, shared by all pipelines on it.
+
+Hooks say what is about to run; the machine decides; the weight stores act. One lock for each device
+is held while a pipeline's call runs, so that calls of several threads, or of pipelines that share
+components, take turns instead of sending each other's weights away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed, Onload, State
+from .device.backend import Backend
+
+if TYPE_CHECKING:
+    from .hooks import Part
+
+logger = logging.getLogger("greenroom")
+
+_SETTLE_AT_ONCE = (
+    3  # segments: host work of about 0.1 s, which must not outlast what the device has queued
+)
+
+
+class Engine:
+    """What is on one device, and the way there."""
+
+    _engines: ClassVar[dict[torch.device, Engine]] = {}
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.backend = Backend(device)
+        self.machine = Machine()
+        self.lock = threading.RLock()
+        self._parts: weakref.WeakValueDictionary[str, Part] = weakref.WeakValueDictionary()
+        self._serial = itertools.count()
+        self._calls = 0
+
+    @classmethod
+    def of(cls, device: torch.device) -> Engine:
+        """The engine of a device (with its index)."""
+        return cls._engines.setdefault(device, cls(device))
+
+    # ---- who is there
+
+    def join(self, part: Part, name: str, *, in_sequence: bool) -> str:
+        """Take a component in; returns the key it is known by, which is its name made unique."""
+        with self.lock:
+            key = name if name not in self._parts else f"{name}#{next(self._serial)}"
+            self._parts[key] = part
+            self.machine.add(key, in_sequence=in_sequence)
+            weakref.finalize(part, self._forget, key).atexit = False
+            return key
+
+    def leave(self, key: str) -> None:
+        """Send a component home and forget it."""
+        with self.lock:
+            self.send_home(key)
+            self._parts.pop(key, None)
+            self.machine.remove(key)
+
+    def _forget(self, key: str) -> None:
+        with self.lock:
+            if key not in self._parts:
+                self.machine.remove(key)
+
+    # ---- what happens
+
+    def need(self, key: str, *, enters: bool) -> None:
+        """Have a component on the device when this returns.
+
+        Raises:
+            torch.OutOfMemoryError, WeightsError: it could not be brought there; it is at home then.
+        """
+        with self.lock:
+            self._carry_out(Needed(key, enters))
+
+    def left(self, key: str) -> None:
+        """A forward of the component has returned; while the device works, the host prepares."""
+        with self.lock:
+            self.machine.handle(Left(key))
+            self.settle()
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """A pipeline's call: at its end, however it comes, everything is home."""
+        with self.lock:
+            self._calls += 1
+            try:
+                yield
+            finally:
+                self._calls -= 1
+                if self._calls == 0:
+                    self.end_call()
+
+    def end_call(self) -> None:
+        """Send every component home."""
+        with self.lock:
+            if self._calls <= 1:
+                self._carry_out(CallEnded())
+
+    def send_home(self, key: str) -> None:
+        """Send one component home, whoever may need it."""
+        with self.lock:
+            part = self._parts.get(key)
+            if part is not None and key in self.machine.names(State.RESIDENT):
+                part.go_home()
+                self.machine.remove(key)
+                self.machine.add(key, in_sequence=part.in_sequence)
+
+    def _carry_out(self, event: Event) -> None:
+        instructions = list(self.machine.handle(event))
+        while instructions:
+            instruction = instructions[0]
+            logger.debug("%s because of %s", instruction, instruction.stimulus)
+            part = self._parts.get(instruction.name)
+            try:
+                if part is not None:
+                    if isinstance(instruction, Onload):
+                        part.go_to_device()
+                    else:
+                        part.go_home()
+            except BaseException:
+                for failed in instructions:
+                    self.machine.handle(Failed(failed.name))
+                raise
+            self.machine.handle(Done(instruction.name))
+            instructions.pop(0)
+
+    # ---- host memory
+
+    def settle(self, *, at_once: int = _SETTLE_AT_ONCE) -> None:
+        """Move some host weights into page-locked slabs, as long as the device is busy."""
+        for part in list(self._parts.values()):
+            while at_once > 0 and not part.store.is_settled and self.backend.is_busy():
+                part.store.settle_one()
+                at_once -= 1

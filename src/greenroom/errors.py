@@ -1,0 +1,19 @@
+"""What greenroom raises. Each message says what was asked, what was true and what to do."""
+
+from __future__ import annotations
+
+
+class GreenroomError(Exception):
+    """Everything that greenroom raises by itself."""
+
+
+class UsageError(GreenroomError, ValueError):
+    """The caller asked for something that cannot be: nothing has been touched."""
+
+
+class NoAcceleratorError(GreenroomError, RuntimeError):
+    """There is no device to run on."""
+
+
+class WeightsError(GreenroomError, RuntimeError):
+    """A component's weights cannot be moved as they are."""
