@@ -16,18 +16,21 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from tqdm.auto import tqdm
 
 from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed, Onload, State
+from .core.pinning import PinningAllowance
 from .device.backend import Backend
 
 if TYPE_CHECKING:
+    from .device.layout import Segment
     from .hooks import Part
 
 logger = logging.getLogger("greenroom")
 
-_SETTLE_AT_ONCE = (
-    3  # segments: host work of about 0.1 s, which must not outlast what the device has queued
-)
+# Segments that are page-locked after a forward: host work of about 0.1 s, which must not outlast
+# what the device has queued.
+_SETTLE_AT_ONCE = 3
 
 
 class Engine:
@@ -43,6 +46,8 @@ class Engine:
         self._parts: weakref.WeakValueDictionary[str, Part] = weakref.WeakValueDictionary()
         self._serial = itertools.count()
         self._calls = 0
+        self._pinning = PinningAllowance()
+        self._is_settled = False  # since the last onload
 
     @classmethod
     def of(cls, device: torch.device) -> Engine:
@@ -87,7 +92,7 @@ class Engine:
         """A forward of the component has returned; while the device works, the host prepares."""
         with self.lock:
             self.machine.handle(Left(key))
-            self.settle()
+            self._settle_while_busy()
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
@@ -100,6 +105,8 @@ class Engine:
                 self._calls -= 1
                 if self._calls == 0:
                     self.end_call()
+            if self._calls == 0:
+                self._settle_what_was_saved()
 
     def end_call(self) -> None:
         """Send every component home."""
@@ -125,9 +132,10 @@ class Engine:
             try:
                 if part is not None:
                     if isinstance(instruction, Onload):
+                        self._is_settled = False
                         part.go_to_device()
                     else:
-                        part.go_home()
+                        self._pinning.dropped(part.store.nbytes - part.go_home())
             except BaseException:
                 for failed in instructions:
                     self.machine.handle(Failed(failed.name))
@@ -137,9 +145,28 @@ class Engine:
 
     # ---- host memory
 
-    def settle(self, *, at_once: int = _SETTLE_AT_ONCE) -> None:
-        """Move some host weights into page-locked slabs, as long as the device is busy."""
+    def _settle_while_busy(self) -> None:
+        """Page-lock some host weights, as long as the device has work."""
+        if self._is_settled:
+            return
+        for done, (part, segment) in enumerate(self._unsettled()):
+            if done == _SETTLE_AT_ONCE or not self.backend.is_busy():
+                return
+            part.store.settle(segment)
+        self._is_settled = True
+
+    def _settle_what_was_saved(self) -> None:
+        """Page-lock as many host weights as the call has saved the time for."""
+        left = self._pinning.take()
+        with tqdm(desc="page-locking weights", unit="B", unit_scale=True, delay=1) as bar:
+            for part, segment in self._unsettled():
+                left -= segment.nbytes
+                if left < 0:
+                    return
+                part.store.settle(segment)
+                bar.update(segment.nbytes)
+
+    def _unsettled(self) -> Iterator[tuple[Part, Segment]]:
         for part in list(self._parts.values()):
-            while at_once > 0 and not part.store.is_settled and self.backend.is_busy():
-                part.store.settle_one()
-                at_once -= 1
+            while (segment := part.store.next_to_settle) is not None:
+                yield part, segment

@@ -69,10 +69,11 @@ class Part:
         self.store.onload()
         self.hang_bells(self.doors)
 
-    def go_home(self) -> None:
-        """Carry out an Offload."""
-        self.store.offload()
+    def go_home(self) -> int:
+        """Carry out an Offload; returns how many bytes were copied."""
+        copied = self.store.offload()
         self.at_home()
+        return copied
 
     def at_home(self) -> None:
         """Bells everywhere inside."""
@@ -140,6 +141,7 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
         for part in self.parts:
             self.engine.leave(part.key)
             part.take_down_bells()
+            part.store.unsettle()
         return module
 
     def send_home(self) -> None:

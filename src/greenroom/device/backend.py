@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 
+from .transfer import Transfer
+
 
 class Backend:
-    """One device: its torch module, and whether it can page-lock memory where it lies."""
+    """One device: the way there, and whether it can page-lock memory where it lies."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.transfer = Transfer(device)
         self._module: Any = torch.get_device_module(device)
 
     def empty_cache(self) -> None:

@@ -1,0 +1,223 @@
+"""Where a component's tensors lie in host memory, and how they are grouped to travel.
+
+A *piece* is a run of bytes that tensors span: tied weights and views of one another are one piece.
+A *segment* is a group of pieces that is copied, page-locked and checked as one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from dataclasses import dataclass
+
+import torch
+
+ALIGNMENT = 256  # bytes; kernels choose by it, and CUDA promises no more
+SEGMENT_BYTES = 64 * 2**20
+
+
+class Origin:
+    """The storage that pieces were found in, before they were given a slab."""
+
+
+@dataclass(eq=False)
+class Piece:
+    """A run of bytes of a host storage that tensors span, and its place in a segment."""
+
+    host: torch.Tensor  # uint8, the master's bytes
+    origin: Origin
+    start: int  # in the storage of its origin
+    nbytes: int
+    offset: int = 0
+
+
+@dataclass(eq=False)
+class Segment:
+    """Pieces that travel together. Once settled, its host memory is one slab."""
+
+    pieces: list[Piece]
+    nbytes: int
+    slab: torch.Tensor | None = None
+    unpin: weakref.finalize[..., Segment] | None = None  # page-locked until this is called
+    device: torch.Tensor | None = None
+    digest: torch.Tensor | None = None  # of the device's bytes, as they arrived
+
+
+@dataclass(frozen=True, eq=False)
+class Home:
+    """Where a tensor's master lies."""
+
+    tensor: weakref.ref[torch.Tensor]
+    master: torch.Tensor
+    segment: Segment
+    piece: Piece
+
+
+@dataclass(eq=False)
+class Layout:
+    """The masters of all tensors of a component, and the segments they lie in."""
+
+    segments: list[Segment]
+    homes: dict[int, Home]  # by id of the tensor
+
+    @classmethod
+    def of(cls, tensors: list[torch.Tensor]) -> Layout:
+        """The layout of these tensors where they lie now."""
+        pieces = _pieces(tensors)
+        segments = _segments(pieces)
+        segment_of = {id(piece): segment for segment in segments for piece in segment.pieces}
+        begins = [piece.host.data_ptr() for piece in pieces]
+        homes = {}
+        for tensor in tensors:
+            piece = pieces[bisect.bisect_right(begins, tensor.data_ptr()) - 1]
+            homes[id(tensor)] = Home(weakref.ref(tensor), tensor.data, segment_of[id(piece)], piece)
+        return cls(segments, homes)
+
+    def renewed(self, tensors: list[torch.Tensor]) -> Layout:
+        """The layout of these tensors; segments of this one whose tensors are in place stay."""
+        now = {id(tensor): tensor for tensor in tensors}
+        stays = {id(segment): segment for segment in self.segments}
+        for key, home in self.homes.items():
+            tensor = now.get(key)
+            if (
+                tensor is None
+                or tensor is not home.tensor()
+                or not is_same_place(tensor, home.master)
+            ):
+                stays.pop(id(home.segment), None)
+        homes = {key: home for key, home in self.homes.items() if id(home.segment) in stays}
+        added = []
+        for tensor in (t for t in tensors if id(t) not in homes):
+            begin, end = tensor.data_ptr(), tensor.data_ptr() + extent_of(tensor)
+            shares = [
+                (segment, piece)
+                for segment in stays.values()
+                for piece in segment.pieces
+                if piece.host.data_ptr() < end and begin < piece.host.data_ptr() + piece.nbytes
+            ]
+            if not shares:
+                added.append(tensor)
+                continue
+            segment, piece = shares[0]
+            start = piece.host.data_ptr()
+            if begin < start or end > start + piece.nbytes:  # it outgrows what is there
+                return Layout.of(tensors)
+            homes[id(tensor)] = Home(weakref.ref(tensor), tensor.data, segment, piece)
+        fresh = Layout.of(added)
+        for key, home in fresh.homes.items():
+            before = self.homes.get(key)
+            if before is not None and before.piece.host.data_ptr() == home.piece.host.data_ptr():
+                home.piece.origin, home.piece.start = before.piece.origin, before.piece.start
+        return Layout([*stays.values(), *fresh.segments], {**homes, **fresh.homes})
+
+    def fits(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether these tensors are the ones laid out here, each using its master."""
+        return len(tensors) == len(self.homes) and all(
+            (home := self.homes.get(id(tensor))) is not None
+            and home.tensor() is tensor
+            and is_same_place(tensor, home.master)
+            for tensor in tensors
+        )
+
+    def has_in_other_dtypes(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether these are the tensors laid out here, some of them in another dtype."""
+        pairs = [(t, self.homes.get(id(t))) for t in tensors]
+        return (
+            len(tensors) == len(self.homes)
+            and all(home is not None and home.master.shape == t.shape for t, home in pairs)
+            and any(home is not None and home.master.dtype != t.dtype for t, home in pairs)
+        )
+
+    def move(self, targets: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """Let pieces (by id) be other bytes, which hold the same values already.
+
+        Tensors that use their masters use the new ones from then on.
+
+        Returns:
+            The new masters, by id of the tensor.
+        """
+        moved = {}
+        for key, home in self.homes.items():
+            target = targets.get(id(home.piece))
+            if target is None:
+                continue
+            start = home.master.data_ptr() - home.piece.host.data_ptr()
+            moved[key] = view_of(target, start, home.master)
+            tensor = home.tensor()
+            if tensor is not None and is_same_place(tensor, home.master):
+                tensor.data = moved[key]
+            self.homes[key] = Home(home.tensor, moved[key], home.segment, home.piece)
+        for segment in self.segments:
+            for piece in segment.pieces:
+                piece.host = targets.get(id(piece), piece.host)
+        return moved
+
+
+# ---- places and views
+# -------------------------------------------------------------------------------
+
+
+def extent_of(tensor: torch.Tensor) -> int:
+    """How many bytes of its storage a tensor spans, gaps between its elements included."""
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return (int(last) + 1) * tensor.element_size()
+
+
+def view_of(slab: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """`like`'s shape, strides and dtype over the bytes of `slab` from `start` on."""
+    flat = slab[start : start + extent_of(like)].view(like.dtype)
+    return flat.as_strided(like.shape, like.stride(), flat.storage_offset())
+
+
+def is_same_kind(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the bytes of both mean the same values."""
+    return (tensor.dtype, tensor.shape, tensor.stride()) == (
+        other.dtype,
+        other.shape,
+        other.stride(),
+    )
+
+
+def is_same_place(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both are the same values in the same memory."""
+    return (
+        tensor.device == other.device
+        and tensor.data_ptr() == other.data_ptr()
+        and is_same_kind(tensor, other)
+    )
+
+
+def _pieces(tensors: list[torch.Tensor]) -> list[Piece]:
+    """The runs of bytes that tensors span; those that overlap (ties, views) become one."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + extent_of(t), i) for i, t in enumerate(tensors))
+    pieces: list[Piece] = []
+    origins: dict[int, Origin] = {}
+    i = 0
+    while i < len(spans):
+        begin, end, which = spans[i]
+        while i + 1 < len(spans) and spans[i + 1][0] < end:
+            i += 1
+            end = max(end, spans[i][1])
+        storage = tensors[which].data.untyped_storage()
+        start = begin - storage.data_ptr()
+        host = torch.empty(0, dtype=torch.uint8).set_(storage, start, (end - begin,), (1,))
+        origin = origins.setdefault(storage.data_ptr(), Origin())
+        pieces.append(Piece(host, origin, start, end - begin))
+        i += 1
+    return pieces
+
+
+def _segments(pieces: list[Piece]) -> list[Segment]:
+    """Group pieces, in address order, into segments of about SEGMENT_BYTES."""
+    groups: list[tuple[list[Piece], int]] = []
+    for piece in pieces:
+        room = -(-piece.nbytes // ALIGNMENT) * ALIGNMENT
+        if not groups or groups[-1][1] + room > SEGMENT_BYTES:
+            groups.append(([], 0))
+        members, used = groups[-1]
+        piece.offset = used
+        members.append(piece)
+        groups[-1] = (members, used + room)
+    return [Segment(members, used) for members, used in groups]
