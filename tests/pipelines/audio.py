@@ -7,9 +7,10 @@ from typing import Any
 import diffusers
 import transformers
 from pipelines import autoencoders, encoders, vocabularies
+from pipelines.calls import BRIEF
 from pipelines.case import case
+from pipelines.denoisers import transformer
 
-from greenroom.zoo.tiny import PROMPT
 from greenroom.zoo.tokenizers import t5_tokenizer
 
 __all__ = ["CASES"]
@@ -37,29 +38,20 @@ def audioldm2() -> Any:
             cross_attention_dim=([None, 16, 32], [None, 16, 32]),
         ),
         scheduler=diffusers.DDIMScheduler(clip_sample=False),
-        vocoder=transformers.SpeechT5HifiGan(
-            transformers.SpeechT5HifiGanConfig(
-                model_in_dim=8,
-                upsample_initial_channel=16,
-                upsample_rates=[2, 2],
-                upsample_kernel_sizes=[4, 4],
-                resblock_kernel_sizes=[3],
-                resblock_dilation_sizes=[[1, 3]],
-                normalize_before=False,
-            )
+        vocoder=encoders.made(
+            transformers.SpeechT5HifiGan,
+            model_in_dim=8,
+            upsample_initial_channel=16,
+            upsample_rates=[2, 2],
+            upsample_kernel_sizes=[4, 4],
+            resblock_kernel_sizes=[3],
+            resblock_dilation_sizes=[[1, 3]],
+            normalize_before=False,
         ),
     )
 
 
 def clap() -> Any:
-    text = {
-        "vocab_size": vocabularies.BYTES,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_attention_heads": 2,
-        "num_hidden_layers": 2,
-        "projection_dim": 16,
-    }
     audio = {
         "spec_size": 64,
         "window_size": 4,
@@ -73,8 +65,11 @@ def clap() -> Any:
         "patch_size": 2,
         "patch_stride": 2,
     }
-    return transformers.ClapModel(
-        transformers.ClapConfig(text_config=text, audio_config=audio, projection_dim=16)
+    return encoders.made(
+        transformers.ClapModel,
+        text_config=encoders.size(16) | {"vocab_size": vocabularies.BYTES, "projection_dim": 16},
+        audio_config=audio,
+        projection_dim=16,
     )
 
 
@@ -107,14 +102,11 @@ def stable_audio() -> Any:
             text_encoder_dim=32, conditioning_dim=16, min_value=0, max_value=32
         ),
         tokenizer=t5_tokenizer(max_length=25),
-        transformer=diffusers.StableAudioDiTModel(
+        transformer=transformer(
+            diffusers.StableAudioDiTModel,
             sample_size=4,
-            in_channels=4,
-            num_layers=2,
             attention_head_dim=4,
-            num_attention_heads=4,
             num_key_value_attention_heads=2,
-            out_channels=4,
             cross_attention_dim=8,
             time_proj_dim=8,
             global_states_input_dim=2 * 16,
@@ -126,9 +118,7 @@ def stable_audio() -> Any:
     )
 
 
-CALL = {"prompt": PROMPT, "num_inference_steps": 2}
-
 CASES = (
-    case("audioldm2", audioldm2, CALL | {"audio_length_in_s": 0.016, "output_type": "pt"}),
-    case("stable-audio", stable_audio, CALL | {"output_type": "pt"}),
+    case("audioldm2", audioldm2, BRIEF | {"audio_length_in_s": 0.016}),
+    case("stable-audio", stable_audio, BRIEF),
 )

@@ -15,10 +15,12 @@ __all__ = [
     "clip_vision",
     "decoder",
     "gemma3",
+    "made",
     "mistral3",
     "qwen_vl",
     "siglip",
     "siglip_image_processor",
+    "size",
     "t5",
 ]
 
@@ -26,59 +28,64 @@ __all__ = [
 T5_VOCABULARY = 128
 
 
-def clip_text(width: int = 32, *, layers: int = 2, projected: bool = False, **config: Any) -> Any:
-    settings = transformers.CLIPTextConfig(
+def made(model: Any, **config: Any) -> Any:
+    """A model of transformers' kind, from what its config is made of."""
+    return model(model.config_class(**config))
+
+
+def size(width: int = 32, *, layers: int = 2) -> dict[str, int]:
+    """How most configs say how large a model is."""
+    return {
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+    }
+
+
+#: The same for a language model with a decoder only.
+LANGUAGE = size() | {
+    "vocab_size": BYTES,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 1024,
+}
+
+
+def clip_text(*, projected: bool = False) -> Any:
+    return made(
+        transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel,
         vocab_size=CLIP_SMALLEST_VOCABULARY,
         bos_token_id=CLIP_SMALLEST_VOCABULARY - 2,
         eos_token_id=CLIP_SMALLEST_VOCABULARY - 1,
         pad_token_id=1,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
         max_position_embeddings=CLIP_MAX_LENGTH,
-        **{"projection_dim": width, **config},
+        projection_dim=32,
+        **size(),
     )
-    if projected:
-        return transformers.CLIPTextModelWithProjection(settings)
-    return transformers.CLIPTextModel(settings)
 
 
-def clip_vision(
-    width: int = 32, *, layers: int = 2, side: int = 32, projected: bool = True, **config: Any
-) -> Any:
-    settings = transformers.CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
+def clip_vision(*, side: int = 32, patch_size: int = 8, projected: bool = True) -> Any:
+    return made(
+        transformers.CLIPVisionModelWithProjection if projected else transformers.CLIPVisionModel,
         image_size=side,
-        **{"projection_dim": width, "patch_size": 8, **config},
+        patch_size=patch_size,
+        projection_dim=32,
+        **size(),
     )
-    if projected:
-        return transformers.CLIPVisionModelWithProjection(settings)
-    return transformers.CLIPVisionModel(settings)
 
 
-def clip_image_processor(side: int = 32) -> Any:
-    return transformers.CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side)
+def clip_image_processor() -> Any:
+    return transformers.CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=32)
 
 
-def siglip_image_processor(side: int = 32) -> Any:
-    return transformers.SiglipImageProcessorPil(size={"height": side, "width": side})
+def siglip() -> Any:
+    return made(transformers.SiglipVisionModel, image_size=32, patch_size=8, **size())
 
 
-def siglip(width: int = 32, *, side: int = 32) -> Any:
-    return transformers.SiglipVisionModel(
-        transformers.SiglipVisionConfig(
-            hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=side,
-            patch_size=8,
-        )
-    )
+def siglip_image_processor() -> Any:
+    return transformers.SiglipImageProcessorPil(size={"height": 32, "width": 32})
 
 
 def t5(model: str = "T5EncoderModel", **config: Any) -> Any:
@@ -93,119 +100,50 @@ def t5(model: str = "T5EncoderModel", **config: Any) -> Any:
         "feed_forward_proj": "gated-gelu",
         "relative_attention_num_buckets": 8,
     }
-    family = model.removesuffix("EncoderModel")
-    return getattr(transformers, model)(
-        getattr(transformers, f"{family}Config")(**(settings | config))
-    )
+    return made(getattr(transformers, model), **(settings | config))
 
 
 def decoder(model: str, **config: Any) -> Any:
     """A language model with a decoder only: "LlamaModel", "Qwen3ForCausalLM", "Gemma2Model"."""
-    settings = {
-        "vocab_size": BYTES,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    family = model.removesuffix("Model").removesuffix("ForCausalLM")
-    return getattr(transformers, model)(
-        getattr(transformers, f"{family}Config")(**(settings | config))
-    )
+    marks = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return made(getattr(transformers, model), **(LANGUAGE | marks | config))
 
 
-def qwen_vl(model: str = "Qwen2_5_VLForConditionalGeneration") -> Any:
+def qwen_vl() -> Any:
     """Qwen's language model that sees; its marks are those of ``vocabularies.qwen``."""
-    family = model.removesuffix("ForConditionalGeneration").removesuffix("Model")
-    text = {
-        "vocab_size": BYTES,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 1024,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [1, 1, 2],
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    return made(
+        transformers.Qwen2_5_VLForConditionalGeneration,
+        text_config=LANGUAGE | {"bos_token_id": 1, "eos_token_id": 2, "rope_parameters": rope},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
         },
-    }
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "out_hidden_size": 32,
-        "fullatt_block_indexes": [1],
-    }
-    return getattr(transformers, model)(
-        getattr(transformers, f"{family}Config")(
-            text_config=text,
-            vision_config=vision,
-            vision_start_token_id=3,
-            vision_end_token_id=4,
-            image_token_id=5,
-            video_token_id=6,
-        )
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+        image_token_id=5,
+        video_token_id=6,
     )
 
 
 def mistral3() -> Any:
-    text = {
-        "model_type": "mistral",
-        "vocab_size": BYTES,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 1024,
-    }
-    vision = {
-        "model_type": "pixtral",
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "head_dim": 16,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    return transformers.Mistral3ForConditionalGeneration(
-        transformers.Mistral3Config(text_config=text, vision_config=vision, image_token_index=5)
+    vision = {"model_type": "pixtral", "head_dim": 16, "image_size": 32, "patch_size": 8}
+    return made(
+        transformers.Mistral3ForConditionalGeneration,
+        text_config=LANGUAGE | {"model_type": "mistral", "num_hidden_layers": 3},
+        vision_config=size(layers=1) | vision,
+        image_token_index=5,
     )
 
 
 def gemma3() -> Any:
-    text = {
-        "vocab_size": BYTES,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 1024,
-    }
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    return transformers.Gemma3ForConditionalGeneration(
-        transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    return made(
+        transformers.Gemma3ForConditionalGeneration,
+        text_config=dict(LANGUAGE),
+        vision_config=size(layers=1) | {"image_size": 32, "patch_size": 8},
+        mm_tokens_per_image=4,
     )

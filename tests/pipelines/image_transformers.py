@@ -6,20 +6,16 @@ from typing import Any
 
 import diffusers
 from pipelines import autoencoders, encoders, vocabularies
+from pipelines.calls import IMAGE_TO_IMAGE, SHORT, TEXT_TO_IMAGE
 from pipelines.case import case
+from pipelines.denoisers import flow_match, flux_like, transformer
 from pipelines.pictures import SIDE
-from pipelines.stable_diffusion import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
+from pipelines.reuse import of, remade
 
 from greenroom.zoo.tiny import tiny
 from greenroom.zoo.tokenizers import clip_tokenizer, t5_tokenizer
 
-__all__ = ["CASES"]
-
-SHORT = TEXT_TO_IMAGE | {"max_sequence_length": 32}
-
-
-def flow_match(**config: Any) -> Any:
-    return diffusers.FlowMatchEulerDiscreteScheduler(**config)
+__all__ = ["CASES", "FLUX2", "SANA"]
 
 
 def flux_vae(**config: Any) -> Any:
@@ -30,16 +26,10 @@ def flux_vae(**config: Any) -> Any:
 
 def sd3() -> Any:
     return diffusers.StableDiffusion3Pipeline(
-        transformer=diffusers.SD3Transformer2DModel(
-            sample_size=16,
+        transformer=transformer(
+            diffusers.SD3Transformer2DModel,
             patch_size=1,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
             joint_attention_dim=64,
-            caption_projection_dim=32,
             pooled_projection_dim=64,
             pos_embed_max_size=32,
         ),
@@ -54,24 +44,14 @@ def sd3() -> Any:
     )
 
 
-def flux_img2img() -> Any:
-    return diffusers.FluxImg2ImgPipeline(**tiny("flux").components)
-
-
 def chroma() -> Any:
     return diffusers.ChromaPipeline(
         scheduler=flow_match(),
         vae=flux_vae(),
         text_encoder=encoders.t5(),
         tokenizer=t5_tokenizer(),
-        transformer=diffusers.ChromaTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            axes_dims_rope=(4, 4, 8),
+        transformer=flux_like(
+            diffusers.ChromaTransformer2DModel,
             approximator_num_channels=8,
             approximator_hidden_dim=32,
             approximator_layers=1,
@@ -92,14 +72,10 @@ def hidream() -> Any:
         # It is asked for its attention weights, which only this implementation has.
         text_encoder_4=encoders.decoder("LlamaForCausalLM", attn_implementation="eager"),
         tokenizer_4=vocabularies.llama(),
-        transformer=diffusers.HiDreamImageTransformer2DModel(
+        transformer=transformer(
+            diffusers.HiDreamImageTransformer2DModel,
             patch_size=2,
-            in_channels=4,
-            out_channels=4,
             num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=4,
             caption_channels=[32, 32],
             text_emb_dim=64,
             num_routed_experts=4,
@@ -121,13 +97,10 @@ def qwen_image() -> Any:
         vae=autoencoders.wan("AutoencoderKLQwenImage"),
         text_encoder=encoders.qwen_vl(),
         tokenizer=vocabularies.qwen(),
-        transformer=diffusers.QwenImageTransformer2DModel(
+        transformer=flux_like(
+            diffusers.QwenImageTransformer2DModel,
             in_channels=64,
-            out_channels=16,
             num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
             axes_dims_rope=(8, 4, 4),
         ),
     )
@@ -155,12 +128,9 @@ def z_image() -> Any:
 
 def lumina2() -> Any:
     return diffusers.Lumina2Pipeline(
-        transformer=diffusers.Lumina2Transformer2DModel(
+        transformer=transformer(
+            diffusers.Lumina2Transformer2DModel,
             sample_size=4,
-            in_channels=4,
-            hidden_size=32,
-            num_layers=2,
-            num_refiner_layers=1,
             num_attention_heads=2,
             num_kv_heads=2,
             multiple_of=16,
@@ -192,42 +162,33 @@ def sana() -> Any:
             downsample_block_type="conv",
             upsample_block_type="interpolate",
         ),
-        transformer=diffusers.SanaTransformer2DModel(
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            num_attention_heads=4,
-            attention_head_dim=8,
+        transformer=transformer(
+            diffusers.SanaTransformer2DModel,
             num_cross_attention_heads=4,
             cross_attention_head_dim=8,
-            cross_attention_dim=32,
-            caption_channels=32,
-            sample_size=16,
         ),
         scheduler=flow_match(shift=3.0),
     )
 
 
-def pixart(pipeline: str) -> Any:
-    sigma = pipeline == "PixArtSigmaPipeline"
-    return getattr(diffusers, pipeline)(
+def pixart() -> Any:
+    return diffusers.PixArtAlphaPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=encoders.t5(),
         vae=autoencoders.kl(),
-        transformer=diffusers.PixArtTransformer2DModel(
-            sample_size=16,
-            num_layers=2,
-            num_attention_heads=4,
-            attention_head_dim=8,
-            cross_attention_dim=32,
-            caption_channels=32,
-            in_channels=4,
+        transformer=transformer(
+            diffusers.PixArtTransformer2DModel,
             out_channels=8,
             # The size of the picture is a condition of Alpha at 1024 pixels only.
             use_additional_conditions=False,
         ),
-        scheduler=diffusers.DPMSolverMultistepScheduler() if sigma else diffusers.DDIMScheduler(),
+        scheduler=diffusers.DDIMScheduler(),
     )
+
+
+def pixart_sigma() -> Any:
+    scheduler = diffusers.DPMSolverMultistepScheduler()
+    return remade(diffusers.PixArtSigmaPipeline, pixart(), scheduler=scheduler)
 
 
 def flux2_klein() -> Any:
@@ -262,12 +223,8 @@ def flux2_vae() -> Any:
 
 
 def flux2_transformer(*, guided: bool) -> Any:
-    return diffusers.Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
+    return flux_like(
+        diffusers.Flux2Transformer2DModel,
         joint_attention_dim=3 * 32,  # the states of three layers side by side
         timestep_guidance_channels=32,
         axes_dims_rope=(4, 4, 4, 4),
@@ -285,50 +242,29 @@ def longcat() -> Any:
         text_processor=vocabularies.qwen(
             chat_template=vocabularies.CHAT.replace("part['text']", "part['text'][-64:]")
         ),
-        transformer=diffusers.LongCatImageTransformer2DModel(
-            in_channels=64,
-            num_layers=1,
-            num_single_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=32,
-            axes_dims_rope=[4, 4, 8],
-        ),
+        transformer=flux_like(diffusers.LongCatImageTransformer2DModel, in_channels=64),
     )
     pipe.tokenizer_max_length = 8  # also how many tokens a prompt is rewritten to
     return pipe
 
 
+FLUX2 = SHORT | {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3)}
+SANA = SHORT | {"use_resolution_binning": False, "complex_human_instruction": None}
+PIXART = SHORT | {"use_resolution_binning": False, "clean_caption": False}
+
 CASES = (
     case("sd3", sd3, SHORT),
     case("flux", lambda: tiny("flux"), SHORT),
-    case("flux-img2img", flux_img2img, SHORT | IMAGE_TO_IMAGE),
-    case("flux2", flux2, SHORT | {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3)}),
-    case(
-        "flux2-klein",
-        flux2_klein,
-        SHORT | {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3)},
-    ),
+    case("flux-img2img", of("FluxImg2ImgPipeline", "flux"), SHORT | IMAGE_TO_IMAGE),
+    case("flux2", flux2, FLUX2),
+    case("flux2-klein", flux2_klein, FLUX2),
     case("chroma", chroma, SHORT),
     case("hidream", hidream, SHORT),
     case("qwen-image", qwen_image, SHORT | {"negative_prompt": "grey"}),
     case("z-image", z_image, SHORT),
     case("lumina2", lumina2, SHORT | {"max_sequence_length": 192}),
-    case(
-        "sana",
-        sana,
-        SHORT | {"use_resolution_binning": False, "complex_human_instruction": None},
-    ),
-    case(
-        "pixart-alpha",
-        lambda: pixart("PixArtAlphaPipeline"),
-        SHORT | {"use_resolution_binning": False, "clean_caption": False},
-    ),
-    case(
-        "pixart-sigma",
-        lambda: pixart("PixArtSigmaPipeline"),
-        SHORT | {"use_resolution_binning": False, "clean_caption": False},
-    ),
+    case("sana", sana, SANA),
+    case("pixart-alpha", pixart, PIXART),
+    case("pixart-sigma", pixart_sigma, PIXART),
     case("longcat", longcat, TEXT_TO_IMAGE),
 )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
-import torch
 from diffusers.modular_pipelines.wan.encoders import WanTextEncoderStep
-from pipelines import image_transformers, video_transformers
-from pipelines.case import case, joined, needless_ftfy
-from pipelines.reuse import filled
-from pipelines.stable_diffusion import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
+from pipelines.calls import IMAGE_TO_IMAGE, SHORT, TEXT_TO_IMAGE, TEXT_TO_VIDEO
+from pipelines.case import Case, case, joined, needless_ftfy
+from pipelines.image_transformers import FLUX2, flux2_klein, qwen_image, sd3, z_image
 
 from greenroom.zoo.tiny import tiny
 
@@ -23,9 +21,9 @@ def modular(blocks: str, pipeline: Callable[[], Any]) -> Callable[[], Any]:
 
     def build() -> Any:
         pipe = quiet(getattr(diffusers, blocks)()).init_pipeline()
-        parts = filled(pipeline())
+        parts = pipeline().components
         pipe.update_components(
-            **{name: part for name, part in parts.items() if name in pipe.component_names}
+            **{name: parts[name] for name in pipe.component_names if parts.get(name) is not None}
         )
         return pipe
 
@@ -47,44 +45,22 @@ def wan() -> Any:
     return modular("WanBlocks", lambda: tiny("wan"))()
 
 
-def value(result: Any) -> torch.Tensor:
-    """The one output that was asked for."""
-    return joined(result)
+def drawing(name: str, blocks: str, pipeline: Callable[[], Any], call: Mapping[str, Any]) -> Case:
+    return case(name, modular(blocks, pipeline), {**call, "output": "images"}, joined)
 
-
-IMAGES = TEXT_TO_IMAGE | {"output": "images"}
-SHORT = image_transformers.SHORT | {"output": "images"}
-VIDEOS = video_transformers.TEXT_TO_VIDEO | {"output": "videos"}
 
 CASES = (
-    case(
-        "modular-sdxl",
-        modular("StableDiffusionXLAutoBlocks", lambda: tiny("sdxl")),
-        IMAGES,
-        value,
-    ),
-    case(
+    drawing("modular-sdxl", "StableDiffusionXLAutoBlocks", lambda: tiny("sdxl"), TEXT_TO_IMAGE),
+    drawing(
         "modular-sdxl-img2img",
-        modular("StableDiffusionXLAutoBlocks", lambda: tiny("sdxl")),
-        IMAGE_TO_IMAGE | {"output": "images"},
-        value,
+        "StableDiffusionXLAutoBlocks",
+        lambda: tiny("sdxl"),
+        IMAGE_TO_IMAGE,
     ),
-    case(
-        "modular-sd3", modular("StableDiffusion3AutoBlocks", image_transformers.sd3), SHORT, value
-    ),
-    case("modular-flux", modular("FluxAutoBlocks", lambda: tiny("flux")), SHORT, value),
-    case(
-        "modular-flux2-klein",
-        modular("Flux2KleinAutoBlocks", image_transformers.flux2_klein),
-        SHORT | {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3)},
-        value,
-    ),
-    case(
-        "modular-qwen-image",
-        modular("QwenImageAutoBlocks", image_transformers.qwen_image),
-        SHORT,
-        value,
-    ),
-    case("modular-z-image", modular("ZImageAutoBlocks", image_transformers.z_image), SHORT, value),
-    case("modular-wan", wan, VIDEOS, value),
+    drawing("modular-sd3", "StableDiffusion3AutoBlocks", sd3, SHORT),
+    drawing("modular-flux", "FluxAutoBlocks", lambda: tiny("flux"), SHORT),
+    drawing("modular-flux2-klein", "Flux2KleinAutoBlocks", flux2_klein, FLUX2),
+    drawing("modular-qwen-image", "QwenImageAutoBlocks", qwen_image, SHORT),
+    drawing("modular-z-image", "ZImageAutoBlocks", z_image, SHORT),
+    case("modular-wan", wan, TEXT_TO_VIDEO | {"output": "videos"}, joined),
 )

@@ -11,12 +11,12 @@ from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext impo
     WuerstchenDiffNeXt,
 )
 from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
-from diffusers.pipelines.kandinsky.text_encoder import MCLIPConfig, MultilingualCLIP
-from pipelines import autoencoders, encoders, vocabularies
+from diffusers.pipelines.kandinsky.text_encoder import MultilingualCLIP
+from pipelines import autoencoders, denoisers, encoders, vocabularies
+from pipelines.calls import BRIEF, IMAGE_TO_IMAGE, SIZE, TEXT_TO_IMAGE
 from pipelines.case import case, joined
-from pipelines.pictures import SIDE, pil
-from pipelines.reuse import like
-from pipelines.stable_diffusion import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
+from pipelines.pictures import pil
+from pipelines.reuse import like, of
 
 from greenroom.zoo.tiny import PROMPT
 from greenroom.zoo.tokenizers import clip_tokenizer, t5_tokenizer
@@ -46,20 +46,12 @@ def kandinsky_prior_parts() -> dict[str, Any]:
 
 def kandinsky_decoder_parts() -> dict[str, Any]:
     return {
-        "unet": diffusers.UNet2DConditionModel(
+        "unet": denoisers.unet(
             in_channels=4,
             out_channels=8,  # the noise and its variance
             addition_embed_type="image",
-            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-            block_out_channels=(32, 64),
-            layers_per_block=1,
-            encoder_hid_dim=32,
             encoder_hid_dim_type="image_proj",
-            cross_attention_dim=32,
             attention_head_dim=4,
-            resnet_time_scale_shift="scale_shift",
         ),
         "scheduler": diffusers.DDPMScheduler(clip_sample=False, variance_type="learned_range"),
         "movq": autoencoders.movq(),
@@ -74,13 +66,14 @@ def kandinsky() -> Any:
     return diffusers.KandinskyV22Pipeline(**kandinsky_decoder_parts())
 
 
-def kandinsky_img2img() -> Any:
-    return diffusers.KandinskyV22Img2ImgPipeline(**kandinsky_decoder_parts())
+def as_prior(parts: dict[str, Any]) -> dict[str, Any]:
+    """A prior's components, as a pipeline of both stages names them."""
+    return {f"prior_{name}": part for name, part in parts.items()}
 
 
-def kandinsky_combined(pipeline: str) -> Any:
-    prior = {f"prior_{name}": part for name, part in kandinsky_prior_parts().items()}
-    return getattr(diffusers, pipeline)(**kandinsky_decoder_parts(), **prior)
+def kandinsky_combined() -> Any:
+    prior = as_prior(kandinsky_prior_parts())
+    return diffusers.KandinskyV22CombinedPipeline(**kandinsky_decoder_parts(), **prior)
 
 
 def kandinsky21_combined() -> Any:
@@ -90,18 +83,14 @@ def kandinsky21_combined() -> Any:
         addition_embed_type="text_image",
         encoder_hid_dim_type="text_image_proj",
     )
-    prior = {f"prior_{name}": part for name, part in kandinsky_prior_parts().items()}
+    prior = as_prior(kandinsky_prior_parts())
     return diffusers.KandinskyCombinedPipeline(
-        text_encoder=MultilingualCLIP(
-            MCLIPConfig(
-                transformerDimSize=32,
-                imageDimSize=32,
-                hidden_size=32,
-                intermediate_size=64,
-                num_attention_heads=2,
-                num_hidden_layers=2,
-                vocab_size=vocabularies.BYTES,
-            )
+        text_encoder=encoders.made(
+            MultilingualCLIP,
+            transformerDimSize=32,
+            imageDimSize=32,
+            vocab_size=vocabularies.BYTES,
+            **encoders.size(),
         ),
         tokenizer=vocabularies.roberta(model_max_length=77),
         **components,
@@ -109,8 +98,8 @@ def kandinsky21_combined() -> Any:
     )
 
 
-def kandinsky3(pipeline: str) -> Any:
-    return getattr(diffusers, pipeline)(
+def kandinsky3() -> Any:
+    return diffusers.Kandinsky3Pipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=encoders.t5(),
         unet=diffusers.Kandinsky3UNet(
@@ -181,7 +170,7 @@ def cascade_decoder() -> Any:
 
 
 def cascade_combined() -> Any:
-    prior = {f"prior_{name}": part for name, part in cascade_prior_parts().items()}
+    prior = as_prior(cascade_prior_parts())
     return diffusers.StableCascadeCombinedPipeline(**cascade_decoder_parts(), **prior)
 
 
@@ -213,58 +202,39 @@ def ramp(*shape: int) -> torch.Tensor:
 
 
 PRIOR = {"prompt": PROMPT, "num_inference_steps": 2}
-DECODER = {
+DECODER = SIZE | {
     "image_embeds": ramp(1, 32),
     "negative_image_embeds": -ramp(1, 32),
     "num_inference_steps": 2,
-    "height": SIDE,
-    "width": SIDE,
     "output_type": "pt",
 }
-IMAGE_SIZED = {"height": SIDE, "width": SIDE}
 CASCADE_PRIOR = PRIOR | {"images": [pil()], "height": 128, "width": 128}
-CASCADE = {"prompt": PROMPT, "num_inference_steps": 2, "output_type": "pt"}
+COMBINED = TEXT_TO_IMAGE | {"prior_num_inference_steps": 2}
 
 CASES = (
     case("kandinsky2.2-prior", kandinsky_prior, PRIOR, both),
     case("kandinsky2.2", kandinsky, DECODER),
     case(
         "kandinsky2.2-img2img",
-        kandinsky_img2img,
+        of("KandinskyV22Img2ImgPipeline", kandinsky),
         DECODER | {"image": IMAGE_TO_IMAGE["image"], "strength": 0.5, "num_inference_steps": 4},
     ),
-    case(
-        "kandinsky2.2-combined",
-        lambda: kandinsky_combined("KandinskyV22CombinedPipeline"),
-        TEXT_TO_IMAGE | {"prior_num_inference_steps": 2},
-    ),
+    case("kandinsky2.2-combined", kandinsky_combined, COMBINED),
     case(
         "kandinsky2.2-img2img-combined",
-        lambda: kandinsky_combined("KandinskyV22Img2ImgCombinedPipeline"),
-        IMAGE_TO_IMAGE | IMAGE_SIZED | {"prior_num_inference_steps": 2},
+        of("KandinskyV22Img2ImgCombinedPipeline", kandinsky_combined),
+        COMBINED | IMAGE_TO_IMAGE,
     ),
-    case(
-        "kandinsky2.1-combined",
-        kandinsky21_combined,
-        TEXT_TO_IMAGE | {"prior_num_inference_steps": 2},
-    ),
-    case("kandinsky3", lambda: kandinsky3("Kandinsky3Pipeline"), TEXT_TO_IMAGE),
-    case("kandinsky3-img2img", lambda: kandinsky3("Kandinsky3Img2ImgPipeline"), IMAGE_TO_IMAGE),
+    case("kandinsky2.1-combined", kandinsky21_combined, COMBINED),
+    case("kandinsky3", kandinsky3, TEXT_TO_IMAGE),
+    case("kandinsky3-img2img", of("Kandinsky3Img2ImgPipeline", kandinsky3), IMAGE_TO_IMAGE),
     case("stable-cascade-prior", cascade_prior, CASCADE_PRIOR),
     case(
         "stable-cascade-decoder",
         cascade_decoder,
-        CASCADE | {"image_embeddings": ramp(1, 16, 3, 3), "guidance_scale": 2.0},
+        BRIEF | {"image_embeddings": ramp(1, 16, 3, 3), "guidance_scale": 2.0},
         on_device={"image_embeddings"},
     ),
-    case(
-        "stable-cascade",
-        cascade_combined,
-        CASCADE | CASCADE_PRIOR | {"prior_num_inference_steps": 2},
-    ),
-    case(
-        "wuerstchen",
-        wuerstchen,
-        CASCADE | {"height": 128, "width": 128, "prior_num_inference_steps": 2},
-    ),
+    case("stable-cascade", cascade_combined, COMBINED | CASCADE_PRIOR),
+    case("wuerstchen", wuerstchen, COMBINED | {"height": 128, "width": 128}),
 )

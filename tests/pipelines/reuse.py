@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
 
-__all__ = ["filled", "like"]
+from greenroom.zoo.tiny import tiny
+
+__all__ = ["like", "of", "remade", "taken"]
 
 
-def filled(pipe: Any) -> dict[str, Any]:
-    """The components that are there: not every class takes the ones that are not."""
-    return {name: part for name, part in pipe.components.items() if part is not None}
+def of(pipeline: str, base: str | Callable[[], Any]) -> Callable[[], Any]:
+    """Another pipeline class from what ``base`` builds, or the tiny pipeline of that name."""
+    build = (lambda: tiny(base)) if isinstance(base, str) else base
+    return lambda: remade(getattr(diffusers, pipeline), build())
 
 
-def like(model: Any, kind: str | None = None, **config: Any) -> Any:
+def remade(kind: Any, pipe: Any, **parts: Any) -> Any:
+    """A pipeline of another class, with the components and options of this one but ``parts``."""
+    return kind(**(taken(kind, dict(pipe.config) | pipe.components) | parts))
+
+
+def like(model: Any, kind: Any = None, **config: Any) -> Any:
     """A model, of another class or not, with the config of this one but for ``config``."""
     settings = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    return getattr(diffusers, kind or type(model).__name__).from_config(settings | config)
+    return (kind or type(model)).from_config(settings | config)
+
+
+def taken(kind: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the class takes."""
+    names = inspect.signature(kind).parameters
+    return {name: value for name, value in arguments.items() if name in names}

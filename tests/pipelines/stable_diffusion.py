@@ -2,75 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from diffusers.pipelines import deepfloyd_if, kolors
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from pipelines import vocabularies
+from pipelines import denoisers, vocabularies
+from pipelines.calls import CONTROLLED, IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
 from pipelines.case import case
-from pipelines.encoders import clip_image_processor, clip_vision, t5
-from pipelines.pictures import SIDE, mask, picture
-from pipelines.reuse import like
+from pipelines.encoders import clip_image_processor, clip_vision, made, t5
+from pipelines.pictures import SIDE, picture
+from pipelines.reuse import like, of, remade
 
-from greenroom.zoo.tiny import PROMPT, tiny
+from greenroom.zoo.tiny import tiny
 from greenroom.zoo.tokenizers import t5_tokenizer
 
-__all__ = ["CASES", "IMAGE_TO_IMAGE", "TEXT_TO_IMAGE"]
-
-TEXT_TO_IMAGE = {
-    "prompt": PROMPT,
-    "num_inference_steps": 2,
-    "height": SIDE,
-    "width": SIDE,
-    "output_type": "pt",
-}
-# The picture brings its own size, and half the steps are noise that the picture skips.
-IMAGE_TO_IMAGE = {
-    "prompt": PROMPT,
-    "image": picture(SIDE),
-    "strength": 0.5,
-    "num_inference_steps": 4,
-    "output_type": "pt",
-}
+__all__ = ["CASES", "controlnet"]
 
 
-def parts(name: str) -> dict[str, Any]:
-    return dict(tiny(name).components)
+def controlnet(unet: Any) -> Any:
+    """As a ControlNet is made: a copy of the UNet's encoder."""
+    return diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
 
 
-def of(pipeline: str, base: str) -> Callable[[], Any]:
-    """Another pipeline class from the components of the tiny pipeline ``base``."""
-
-    def build() -> Any:
-        options = {"requires_safety_checker": False} if base == "sd" else {}
-        return getattr(diffusers, pipeline)(**parts(base), **options)
-
-    return build
-
-
-def controlled(pipeline: str, base: str) -> Callable[[], Any]:
-    """The same with a ControlNet beside: a copy of the UNet's encoder."""
-
-    def build() -> Any:
-        components = parts(base)
-        controlnet = diffusers.ControlNetModel.from_unet(
-            components["unet"], conditioning_embedding_out_channels=(8, 16)
-        )
-        options = {"requires_safety_checker": False} if base == "sd" else {}
-        return getattr(diffusers, pipeline)(controlnet=controlnet, **components, **options)
-
-    return build
+def sd_controlnet() -> Any:
+    pipe = tiny("sd")
+    kind = diffusers.StableDiffusionControlNetPipeline
+    return remade(kind, pipe, controlnet=controlnet(pipe.unet))
 
 
 def sdxl_ip_adapter() -> Any:
-    components = parts("sdxl")
-    components["image_encoder"] = clip_vision()
-    components["feature_extractor"] = clip_image_processor()
-    pipe = diffusers.StableDiffusionXLPipeline(**components)
+    pipe = remade(
+        diffusers.StableDiffusionXLPipeline,
+        tiny("sdxl"),
+        image_encoder=clip_vision(),
+        feature_extractor=clip_image_processor(),
+    )
     pipe.load_ip_adapter(ip_adapter_weights(pipe.unet), subfolder="", weight_name="")
     return pipe
 
@@ -96,28 +64,33 @@ def ip_adapter_weights(unet: Any, *, tokens: int = 4, image_width: int = 32) -> 
 
 
 def checked() -> Any:
-    components = parts("sd")
-    components["safety_checker"] = StableDiffusionSafetyChecker(safety_config())
-    components["feature_extractor"] = clip_image_processor()
-    return diffusers.StableDiffusionPipeline(**components)
-
-
-def safety_config() -> Any:
-    vision = clip_vision().config.to_dict()
-    return transformers.CLIPConfig(vision_config=vision, projection_dim=32)
-
-
-def kolors_pipeline(pipeline: str) -> Any:
-    # The published UNet widens the text encoder's states, 4096 features, to its own 2048.
-    components = parts("sdxl")
-    unet = like(
-        components["unet"],
-        encoder_hid_dim=32,
-        encoder_hid_dim_type="text_proj",
-        cross_attention_dim=64,
+    return remade(
+        diffusers.StableDiffusionPipeline,
+        tiny("sd"),
+        safety_checker=safety_checker(StableDiffusionSafetyChecker),
+        feature_extractor=clip_image_processor(),
+        requires_safety_checker=True,
     )
-    text_encoder = kolors.ChatGLMModel(
-        kolors.text_encoder.ChatGLMConfig(
+
+
+def safety_checker(kind: Any) -> Any:
+    return made(kind, vision_config=clip_vision().config.to_dict(), projection_dim=32)
+
+
+def kolors_pipeline(kind: Any) -> Any:
+    pipe = tiny("sdxl")
+    return remade(
+        kind,
+        pipe,
+        # The published UNet widens the text encoder's states, 4096 features, to its own 2048.
+        unet=like(
+            pipe.unet,
+            encoder_hid_dim=32,
+            encoder_hid_dim_type="text_proj",
+            cross_attention_dim=64,
+        ),
+        text_encoder=made(
+            kolors.ChatGLMModel,
             num_layers=2,
             padded_vocab_size=vocabularies.BYTES,
             hidden_size=32,
@@ -129,14 +102,9 @@ def kolors_pipeline(pipeline: str) -> Any:
             multi_query_group_num=2,
             add_qkv_bias=True,
             original_rope=True,
-        )
-    )
-    return getattr(kolors, pipeline)(
-        vae=components["vae"],
-        text_encoder=text_encoder,
+        ),
         tokenizer=vocabularies.chatglm(),
-        unet=unet,
-        scheduler=components["scheduler"],
+        force_zeros_for_empty_prompt=False,
     )
 
 
@@ -144,22 +112,14 @@ def deepfloyd() -> Any:
     return deepfloyd_if.IFPipeline(
         tokenizer=t5_tokenizer(),
         text_encoder=t5(),
-        unet=diffusers.UNet2DConditionModel(
+        unet=denoisers.unet(
             sample_size=SIDE,
-            layers_per_block=1,
-            block_out_channels=(32, 64),
-            down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-            up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
             in_channels=3,
-            out_channels=6,
-            cross_attention_dim=32,
-            encoder_hid_dim=32,
+            out_channels=6,  # the noise and its variance
             attention_head_dim=8,
             addition_embed_type="text",
             addition_embed_type_num_heads=2,
             cross_attention_norm="group_norm",
-            resnet_time_scale_shift="scale_shift",
             act_fn="gelu",
         ),
         scheduler=diffusers.DDPMScheduler(
@@ -168,7 +128,7 @@ def deepfloyd() -> Any:
             dynamic_thresholding_ratio=0.95,
             variance_type="learned_range",
         ),
-        safety_checker=deepfloyd_if.IFSafetyChecker(safety_config()),
+        safety_checker=safety_checker(deepfloyd_if.IFSafetyChecker),
         feature_extractor=clip_image_processor(),
         watermarker=deepfloyd_if.IFWatermarker(),
     )
@@ -178,31 +138,15 @@ CASES = (
     case("sd", lambda: tiny("sd"), TEXT_TO_IMAGE),
     case("sd-safety-checker", checked, TEXT_TO_IMAGE),
     case("sd-img2img", of("StableDiffusionImg2ImgPipeline", "sd"), IMAGE_TO_IMAGE),
-    case(
-        "sd-inpaint",
-        of("StableDiffusionInpaintPipeline", "sd"),
-        TEXT_TO_IMAGE | {"image": picture(SIDE), "mask_image": mask()},
-    ),
-    case(
-        "sd-controlnet",
-        controlled("StableDiffusionControlNetPipeline", "sd"),
-        TEXT_TO_IMAGE | {"image": picture(SIDE)},
-    ),
+    case("sd-inpaint", of("StableDiffusionInpaintPipeline", "sd"), INPAINTING),
+    case("sd-controlnet", sd_controlnet, CONTROLLED),
     case("sdxl", lambda: tiny("sdxl"), TEXT_TO_IMAGE),
     case("sdxl-img2img", lambda: tiny("sdxl-img2img"), IMAGE_TO_IMAGE),
-    case(
-        "sdxl-inpaint",
-        of("StableDiffusionXLInpaintPipeline", "sdxl"),
-        TEXT_TO_IMAGE | {"image": picture(SIDE), "mask_image": mask()},
-    ),
-    case(
-        "sdxl-controlnet",
-        lambda: tiny("sdxl-controlnet"),
-        TEXT_TO_IMAGE | {"image": picture(SIDE)},
-    ),
+    case("sdxl-inpaint", of("StableDiffusionXLInpaintPipeline", "sdxl"), INPAINTING),
+    case("sdxl-controlnet", lambda: tiny("sdxl-controlnet"), CONTROLLED),
     case("sdxl-ip-adapter", sdxl_ip_adapter, TEXT_TO_IMAGE | {"ip_adapter_image": picture(SIDE)}),
-    case("kolors", lambda: kolors_pipeline("KolorsPipeline"), TEXT_TO_IMAGE),
-    case("kolors-img2img", lambda: kolors_pipeline("KolorsImg2ImgPipeline"), IMAGE_TO_IMAGE),
+    case("kolors", lambda: kolors_pipeline(kolors.KolorsPipeline), TEXT_TO_IMAGE),
+    case("kolors-img2img", lambda: kolors_pipeline(kolors.KolorsImg2ImgPipeline), IMAGE_TO_IMAGE),
     # Only pictures as arrays are shown to the safety checker.
     case("deepfloyd-if", deepfloyd, TEXT_TO_IMAGE | {"clean_caption": False, "output_type": "np"}),
 )

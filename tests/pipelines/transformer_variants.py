@@ -8,11 +8,12 @@ import diffusers
 import transformers
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from pipelines import autoencoders, encoders, vocabularies
+from pipelines.calls import CONTROLLED, IMAGE_TO_IMAGE, INPAINTING, SHORT, TEXT_TO_IMAGE
 from pipelines.case import case, joined
+from pipelines.denoisers import flow_match, flux_like, transformer
 from pipelines.image_transformers import (
-    SHORT,
+    SANA,
     chroma,
-    flow_match,
     flux2_vae,
     flux_vae,
     qwen_image,
@@ -20,9 +21,8 @@ from pipelines.image_transformers import (
     sd3,
     z_image,
 )
-from pipelines.pictures import SIDE, mask, picture, pil
-from pipelines.reuse import filled, like
-from pipelines.stable_diffusion import IMAGE_TO_IMAGE, TEXT_TO_IMAGE
+from pipelines.pictures import SIDE, picture, pil
+from pipelines.reuse import like, of, remade
 
 from greenroom.zoo.tiny import PROMPT, tiny
 from greenroom.zoo.tokenizers import clip_tokenizer, t5_tokenizer
@@ -31,53 +31,42 @@ __all__ = ["CASES"]
 
 
 def flux_controlnet() -> Any:
-    components = filled(tiny("flux"))
-    controlnet = like(components["transformer"], "FluxControlNetModel", num_layers=1)
-    return diffusers.FluxControlNetPipeline(controlnet=controlnet, **components)
+    pipe = tiny("flux")
+    controlnet = like(pipe.transformer, diffusers.FluxControlNetModel, num_layers=1)
+    return remade(diffusers.FluxControlNetPipeline, pipe, controlnet=controlnet)
 
 
 def flux_fill() -> Any:
-    components = filled(tiny("flux"))
+    pipe = tiny("flux")
     # The noise, the masked picture's latents, and the mask: 2x2 pixels for each of 2x2 latents.
-    components["transformer"] = like(
-        components["transformer"], in_channels=16 + 16 + 16, out_channels=16
-    )
-    return diffusers.FluxFillPipeline(**components)
+    wide = like(pipe.transformer, in_channels=16 + 16 + 16, out_channels=16)
+    return remade(diffusers.FluxFillPipeline, pipe, transformer=wide)
 
 
 def flux_redux() -> Any:
-    components = filled(tiny("flux"))
-    return diffusers.FluxPriorReduxPipeline(
+    return remade(
+        diffusers.FluxPriorReduxPipeline,
+        tiny("flux"),
         image_encoder=encoders.siglip(),
         feature_extractor=encoders.siglip_image_processor(),
         image_embedder=ReduxImageEncoder(redux_dim=32, txt_in_features=32),
-        text_encoder=components["text_encoder"],
-        tokenizer=components["tokenizer"],
-        text_encoder_2=components["text_encoder_2"],
-        tokenizer_2=components["tokenizer_2"],
     )
-
-
-def of(pipeline: str, base: Any) -> Any:
-    """Another pipeline class from the components of one built here."""
-    return getattr(diffusers, pipeline)(**filled(base))
 
 
 def sd3_controlnet() -> Any:
-    components = filled(sd3())
-    controlnet = like(components["transformer"], "SD3ControlNetModel", num_layers=1)
-    return diffusers.StableDiffusion3ControlNetPipeline(controlnet=controlnet, **components)
+    pipe = sd3()
+    controlnet = like(pipe.transformer, diffusers.SD3ControlNetModel, num_layers=1)
+    return remade(diffusers.StableDiffusion3ControlNetPipeline, pipe, controlnet=controlnet)
 
 
 def sana_sprint() -> Any:
-    components = sana().components
-    components["transformer"] = like(
-        components["transformer"],
-        guidance_embeds=True,
-        qk_norm="rms_norm_across_heads",
+    pipe = sana()
+    return remade(
+        diffusers.SanaSprintPipeline,
+        pipe,
+        transformer=like(pipe.transformer, guidance_embeds=True, qk_norm="rms_norm_across_heads"),
+        scheduler=diffusers.SCMScheduler(),
     )
-    components["scheduler"] = diffusers.SCMScheduler()
-    return diffusers.SanaSprintPipeline(**components)
 
 
 def auraflow() -> Any:
@@ -85,14 +74,10 @@ def auraflow() -> Any:
         tokenizer=t5_tokenizer(),
         text_encoder=encoders.t5("UMT5EncoderModel"),
         vae=autoencoders.kl(),
-        transformer=diffusers.AuraFlowTransformer2DModel(
-            sample_size=16,
+        transformer=transformer(
+            diffusers.AuraFlowTransformer2DModel,
             num_mmdit_layers=1,
             num_single_dit_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=32,
-            caption_projection_dim=32,
             pos_embed_max_size=64,
         ),
         scheduler=flow_match(),
@@ -104,13 +89,8 @@ def cogview4() -> Any:
         tokenizer=vocabularies.qwen(padding_side="left"),
         text_encoder=encoders.decoder("GlmModel"),
         vae=autoencoders.kl(),
-        transformer=diffusers.CogView4Transformer2DModel(
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            text_embed_dim=32,
+        transformer=transformer(
+            diffusers.CogView4Transformer2DModel,
             time_embed_dim=8,
             condition_dim=4,
             rope_axes_dim=(8, 8),
@@ -121,16 +101,7 @@ def cogview4() -> Any:
 
 def lumina() -> Any:
     return diffusers.LuminaPipeline(
-        transformer=diffusers.LuminaNextDiT2DModel(
-            sample_size=16,
-            in_channels=4,
-            hidden_size=32,
-            num_layers=2,
-            num_attention_heads=4,
-            num_kv_heads=2,
-            multiple_of=16,
-            cross_attention_dim=32,
-        ),
+        transformer=transformer(diffusers.LuminaNextDiT2DModel, num_kv_heads=2, multiple_of=16),
         scheduler=flow_match(),
         vae=autoencoders.kl(),
         text_encoder=encoders.decoder("GemmaModel"),
@@ -141,27 +112,15 @@ def lumina() -> Any:
 def hunyuan_dit() -> Any:
     return diffusers.HunyuanDiTPipeline(
         vae=autoencoders.kl(widths=(8,) * 4),
-        text_encoder=transformers.BertModel(
-            transformers.BertConfig(
-                vocab_size=vocabularies.BYTES,
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=64,
-            )
+        text_encoder=encoders.made(
+            transformers.BertModel, vocab_size=vocabularies.BYTES, **encoders.size()
         ),
         tokenizer=vocabularies.roberta(model_max_length=77),
         text_encoder_2=encoders.t5(),
         tokenizer_2=t5_tokenizer(),
-        transformer=diffusers.HunyuanDiT2DModel(
-            sample_size=16,
-            num_layers=2,
+        transformer=transformer(
+            diffusers.HunyuanDiT2DModel,
             patch_size=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            hidden_size=32,
-            in_channels=4,
-            cross_attention_dim=32,
             cross_attention_dim_t5=32,
             pooled_projection_dim=16,
         ),
@@ -174,10 +133,8 @@ def hunyuan_dit() -> Any:
 
 def dit() -> Any:
     return diffusers.DiTPipeline(
-        transformer=diffusers.DiTTransformer2DModel(
-            sample_size=16,
-            num_layers=2,
-            attention_head_dim=8,
+        transformer=transformer(
+            diffusers.DiTTransformer2DModel,
             num_attention_heads=2,
             out_channels=8,
             num_embeds_ada_norm=1000,
@@ -193,25 +150,15 @@ def ovis() -> Any:
         vae=flux_vae(),
         text_encoder=encoders.decoder("Qwen3Model"),
         tokenizer=vocabularies.qwen(),
-        transformer=diffusers.OvisImageTransformer2DModel(
-            in_channels=16,
-            out_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            axes_dims_rope=(4, 4, 8),
-        ),
+        transformer=flux_like(diffusers.OvisImageTransformer2DModel, num_single_layers=1),
     )
 
 
 def ernie() -> Any:
     return diffusers.ErnieImagePipeline(
-        transformer=diffusers.ErnieImageTransformer2DModel(
-            hidden_size=32,
+        transformer=transformer(
+            diffusers.ErnieImageTransformer2DModel,
             num_attention_heads=2,
-            num_layers=2,
             ffn_hidden_size=64,
             in_channels=16,
             out_channels=16,
@@ -252,35 +199,25 @@ def kandinsky5() -> Any:
 
 
 REDUX = {"image": pil(), "prompt": PROMPT, "generator": ...}
-CONTROLLED = SHORT | {"control_image": picture(SIDE)}
-
 CASES = (
-    case("flux-controlnet", flux_controlnet, CONTROLLED),
-    case("flux-fill", flux_fill, SHORT | {"image": picture(SIDE), "mask_image": mask()}),
+    case("flux-controlnet", flux_controlnet, SHORT | {"control_image": picture(SIDE)}),
+    case("flux-fill", flux_fill, SHORT | INPAINTING),
     case(
         "flux-kontext",
-        lambda: diffusers.FluxKontextPipeline(**filled(tiny("flux"))),
-        SHORT | {"image": picture(SIDE), "max_area": SIDE * SIDE, "_auto_resize": False},
+        of("FluxKontextPipeline", "flux"),
+        SHORT | CONTROLLED | {"max_area": SIDE * SIDE, "_auto_resize": False},
     ),
     case("flux-redux", flux_redux, REDUX, lambda result: joined(result["prompt_embeds"])),
-    case(
-        "chroma-img2img",
-        lambda: of("ChromaImg2ImgPipeline", chroma()),
-        SHORT | IMAGE_TO_IMAGE,
-    ),
-    case("sd3-img2img", lambda: of("StableDiffusion3Img2ImgPipeline", sd3()), IMAGE_TO_IMAGE),
-    case("sd3-controlnet", sd3_controlnet, CONTROLLED),
+    case("chroma-img2img", of("ChromaImg2ImgPipeline", chroma), SHORT | IMAGE_TO_IMAGE),
+    case("sd3-img2img", of("StableDiffusion3Img2ImgPipeline", sd3), IMAGE_TO_IMAGE),
+    case("sd3-controlnet", sd3_controlnet, SHORT | {"control_image": picture(SIDE)}),
     case(
         "qwen-image-img2img",
-        lambda: of("QwenImageImg2ImgPipeline", qwen_image()),
+        of("QwenImageImg2ImgPipeline", qwen_image),
         SHORT | IMAGE_TO_IMAGE | {"negative_prompt": "grey"},
     ),
-    case("z-image-img2img", lambda: of("ZImageImg2ImgPipeline", z_image()), SHORT | IMAGE_TO_IMAGE),
-    case(
-        "sana-sprint",
-        sana_sprint,
-        SHORT | {"use_resolution_binning": False, "complex_human_instruction": None},
-    ),
+    case("z-image-img2img", of("ZImageImg2ImgPipeline", z_image), SHORT | IMAGE_TO_IMAGE),
+    case("sana-sprint", sana_sprint, SANA),
     case("auraflow", auraflow, SHORT),
     case("cogview4", cogview4, SHORT | {"negative_prompt": "grey"}),
     case("lumina", lumina, SHORT | {"clean_caption": False}),

@@ -6,8 +6,10 @@ from typing import Any
 
 import diffusers
 from pipelines import encoders
+from pipelines.calls import SIZE
 from pipelines.case import case
-from pipelines.pictures import SIDE, pil
+from pipelines.pictures import pil
+from pipelines.reuse import remade
 
 from greenroom.zoo.tiny import PROMPT, tiny
 
@@ -15,15 +17,13 @@ __all__ = ["CASES"]
 
 
 def animatediff() -> Any:
-    components = tiny("sd").components
-    del components["safety_checker"]
     adapter = diffusers.MotionAdapter(
         block_out_channels=(32, 64),
         motion_layers_per_block=1,
         motion_num_attention_heads=2,
         motion_norm_num_groups=8,
     )
-    return diffusers.AnimateDiffPipeline(motion_adapter=adapter, **components)
+    return remade(diffusers.AnimateDiffPipeline, tiny("sd"), motion_adapter=adapter)
 
 
 def stable_video() -> Any:
@@ -57,9 +57,9 @@ def stable_video() -> Any:
     )
 
 
-FRAMES = {"num_inference_steps": 2, "height": SIDE, "width": SIDE, "num_frames": 2}
+FRAMES = SIZE | {"num_inference_steps": 2, "num_frames": 2, "output_type": "pt"}
 
 CASES = (
-    case("animatediff", animatediff, FRAMES | {"prompt": PROMPT, "output_type": "pt"}),
-    case("stable-video", stable_video, FRAMES | {"image": pil(), "output_type": "pt"}),
+    case("animatediff", animatediff, FRAMES | {"prompt": PROMPT}),
+    case("stable-video", stable_video, FRAMES | {"image": pil()}),
 )

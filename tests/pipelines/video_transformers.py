@@ -7,43 +7,32 @@ from typing import Any
 import diffusers
 import torch
 from pipelines import autoencoders, encoders, vocabularies
+from pipelines.calls import TEXT_TO_IMAGE, TEXT_TO_VIDEO
 from pipelines.case import case, needless_ftfy
+from pipelines.denoisers import flow_match, transformer
 from pipelines.pictures import SIDE, pil
+from pipelines.reuse import like, remade
 
-from greenroom.zoo.tiny import PROMPT, tiny
+from greenroom.zoo.tiny import tiny
 from greenroom.zoo.tokenizers import clip_tokenizer, t5_tokenizer
 
-__all__ = ["CASES"]
-
-TEXT_TO_VIDEO = {
-    "prompt": PROMPT,
-    "num_inference_steps": 2,
-    "height": SIDE,
-    "width": SIDE,
-    "num_frames": 5,
-    "max_sequence_length": 32,
-    "output_type": "pt",
-}
+__all__ = ["CASES", "HUNYUAN"]
 
 
 def wan_i2v() -> Any:
-    components = tiny("wan").components
-    components["transformer"] = diffusers.WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=12,
-        in_channels=16 + 16 + 4,  # noise, the picture's latents, which frames are given
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=96,
-        num_layers=2,
-        image_dim=32,
-        added_kv_proj_dim=4 * 12,
-        rope_max_seq_len=32,
-    )
-    return needless_ftfy(diffusers.WanImageToVideoPipeline)(
+    pipe = tiny("wan")
+    return remade(
+        needless_ftfy(diffusers.WanImageToVideoPipeline),
+        pipe,
+        transformer=like(
+            pipe.transformer,
+            in_channels=16 + 16 + 4,  # noise, the picture's latents, which frames are given
+            num_layers=2,
+            image_dim=32,
+            added_kv_proj_dim=4 * 12,
+        ),
         image_encoder=encoders.clip_vision(projected=False),
         image_processor=encoders.clip_image_processor(),
-        **{name: part for name, part in components.items() if part is not None},
     )
 
 
@@ -53,23 +42,18 @@ def hunyuan_video() -> Any:
         tokenizer=vocabularies.llama(),
         text_encoder_2=encoders.clip_text(),
         tokenizer_2=clip_tokenizer(),
-        transformer=diffusers.HunyuanVideoTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
+        transformer=transformer(
+            diffusers.HunyuanVideoTransformer3DModel,
             num_attention_heads=2,
             attention_head_dim=16,
             num_layers=1,
-            num_single_layers=1,
-            num_refiner_layers=1,
             patch_size=1,
-            text_embed_dim=32,
-            pooled_projection_dim=32,
             rope_axes_dim=(4, 4, 8),
         ),
         vae=diffusers.AutoencoderKLHunyuanVideo(
             latent_channels=4, block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4
         ),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        scheduler=flow_match(shift=7.0),
     )
 
 
@@ -85,14 +69,9 @@ def cogvideox() -> Any:
             sample_height=SIDE,
             sample_width=SIDE,
         ),
-        transformer=diffusers.CogVideoXTransformer3DModel(
-            num_attention_heads=4,
-            attention_head_dim=8,
-            in_channels=4,
-            out_channels=4,
+        transformer=transformer(
+            diffusers.CogVideoXTransformer3DModel,
             time_embed_dim=8,
-            text_embed_dim=32,
-            num_layers=2,
             sample_width=SIDE // 8,
             sample_height=SIDE // 8,
             sample_frames=5,
@@ -104,7 +83,7 @@ def cogvideox() -> Any:
 
 def ltx() -> Any:
     return diffusers.LTXPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        scheduler=flow_match(),
         vae=diffusers.AutoencoderKLLTXVideo(
             latent_channels=8,
             block_out_channels=(8,) * 4,
@@ -117,21 +96,15 @@ def ltx() -> Any:
         ),
         text_encoder=encoders.t5(),
         tokenizer=t5_tokenizer(),
-        transformer=diffusers.LTXVideoTransformer3DModel(
-            in_channels=8,
-            out_channels=8,
-            num_attention_heads=4,
-            attention_head_dim=8,
-            cross_attention_dim=32,
-            num_layers=2,
-            caption_channels=32,
+        transformer=transformer(
+            diffusers.LTXVideoTransformer3DModel, in_channels=8, out_channels=8
         ),
     )
 
 
 def mochi() -> Any:
     return diffusers.MochiPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        scheduler=flow_match(),
         vae=diffusers.AutoencoderKLMochi(
             encoder_block_out_channels=(32,) * 4,
             decoder_block_out_channels=(32,) * 4,
@@ -139,13 +112,11 @@ def mochi() -> Any:
         ),
         text_encoder=encoders.t5(),
         tokenizer=t5_tokenizer(),
-        transformer=diffusers.MochiTransformer3DModel(
-            num_attention_heads=4,
-            attention_head_dim=8,
-            num_layers=2,
-            pooled_projection_dim=16,
+        transformer=transformer(
+            diffusers.MochiTransformer3DModel,
             in_channels=12,
-            text_embed_dim=32,
+            out_channels=12,
+            pooled_projection_dim=16,
             time_embed_dim=8,
             max_sequence_length=32,
         ),
@@ -182,23 +153,25 @@ class Guardrail(torch.nn.Module):
         return bool(self.judge(seen).isfinite().all())
 
 
+def cosmos_transformer(**config: Any) -> Any:
+    return transformer(
+        diffusers.CosmosTransformer3DModel,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        mlp_ratio=2,
+        adaln_lora_dim=4,
+        max_size=(4, 32, 32),
+        # The mask of padding is resized with torchvision, which is not needed otherwise.
+        concat_padding_mask=False,
+        **config,
+    )
+
+
 def cosmos() -> Any:
     return diffusers.CosmosTextToWorldPipeline(
         text_encoder=encoders.t5(),
         tokenizer=t5_tokenizer(),
-        transformer=diffusers.CosmosTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=2,
-            mlp_ratio=2,
-            text_embed_dim=32,
-            adaln_lora_dim=4,
-            max_size=(4, 32, 32),
-            # The mask of padding is resized with torchvision, which is not needed otherwise.
-            concat_padding_mask=False,
-        ),
+        transformer=cosmos_transformer(),
         vae=diffusers.AutoencoderKLCosmos(
             latent_channels=4,
             encoder_block_out_channels=(8,) * 4,
@@ -225,15 +198,10 @@ def latte() -> Any:
         tokenizer=t5_tokenizer(),
         text_encoder=encoders.t5(),
         vae=autoencoders.kl(),
-        transformer=diffusers.LatteTransformer3DModel(
-            sample_size=16,
+        transformer=transformer(
+            diffusers.LatteTransformer3DModel,
             num_layers=1,
             patch_size=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            caption_channels=32,
-            in_channels=4,
-            cross_attention_dim=32,
             out_channels=8,
             attention_bias=True,
             activation_fn="gelu-approximate",
@@ -255,7 +223,8 @@ def allegro() -> Any:
         tokenizer=t5_tokenizer(),
         text_encoder=encoders.t5(),
         vae=vae,
-        transformer=diffusers.AllegroTransformer3DModel(
+        transformer=transformer(
+            diffusers.AllegroTransformer3DModel,
             num_attention_heads=2,
             attention_head_dim=12,
             num_layers=1,
@@ -263,35 +232,22 @@ def allegro() -> Any:
             sample_width=8,
             sample_height=8,
             sample_frames=8,
-            caption_channels=32,
         ),
         scheduler=diffusers.DDIMScheduler(),
     )
 
 
-LATTE = {
-    "prompt": PROMPT,
-    "num_inference_steps": 2,
-    "height": SIDE,
-    "width": SIDE,
-    "video_length": 1,
-    "clean_caption": False,
-    "output_type": "pt",
-}
+HUNYUAN = TEXT_TO_VIDEO | {"prompt_template": {"template": "{}", "crop_start": 0}}
 
 CASES = (
     case("wan", lambda: tiny("wan"), TEXT_TO_VIDEO),
     case("wan-i2v", wan_i2v, TEXT_TO_VIDEO | {"image": pil()}),
     case("wan2.2", lambda: tiny("wan2.2"), TEXT_TO_VIDEO),
-    case(
-        "hunyuan-video",
-        hunyuan_video,
-        TEXT_TO_VIDEO | {"prompt_template": {"template": "{}", "crop_start": 0}},
-    ),
+    case("hunyuan-video", hunyuan_video, HUNYUAN),
     case("cogvideox", cogvideox, TEXT_TO_VIDEO),
     case("ltx", ltx, TEXT_TO_VIDEO | {"num_frames": 9}),
     case("mochi", mochi, TEXT_TO_VIDEO | {"num_frames": 7}),
     case("cosmos", cosmos, TEXT_TO_VIDEO | {"num_frames": 9}),
-    case("latte", latte, LATTE),
+    case("latte", latte, TEXT_TO_IMAGE | {"video_length": 1, "clean_caption": False}),
     case("allegro", allegro, TEXT_TO_VIDEO | {"num_frames": 8, "clean_caption": False}),
 )

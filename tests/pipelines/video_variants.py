@@ -11,13 +11,17 @@ from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsampler
 from diffusers.pipelines.ltx2.connectors import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from pipelines import autoencoders, encoders, vocabularies
+from pipelines.calls import SHORT, SIZE, TEXT_TO_IMAGE, TEXT_TO_VIDEO
 from pipelines.case import case, joined, needless_ftfy
+from pipelines.denoisers import flow_match, transformer
+from pipelines.image_transformers import SANA
 from pipelines.pictures import SIDE, pil
-from pipelines.reuse import filled, like
+from pipelines.reuse import like, of, remade
 from pipelines.video_transformers import (
-    TEXT_TO_VIDEO,
+    HUNYUAN,
     Guardrail,
     cogvideox,
+    cosmos_transformer,
     hunyuan_video,
     ltx,
 )
@@ -29,48 +33,31 @@ __all__ = ["CASES"]
 
 
 def wan_vace() -> Any:
-    components = tiny("wan").components
-    transformer = diffusers.WanVACETransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=12,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=96,
+    pipe = tiny("wan")
+    controlled = like(
+        pipe.transformer,
+        diffusers.WanVACETransformer3DModel,
         num_layers=2,
-        rope_max_seq_len=32,
         vace_layers=[0, 1],
         vace_in_channels=2 * 16 + 64,  # what to keep, what to change, and an 8x8 mask
     )
-    return needless_ftfy(diffusers.WanVACEPipeline)(**components | {"transformer": transformer})
+    return remade(needless_ftfy(diffusers.WanVACEPipeline), pipe, transformer=controlled)
 
 
 def wan_v2v() -> Any:
-    components = filled(tiny("wan"))
-    return needless_ftfy(diffusers.WanVideoToVideoPipeline)(**components)
+    return remade(needless_ftfy(diffusers.WanVideoToVideoPipeline), tiny("wan"))
 
 
 def skyreels() -> Any:
-    components = filled(tiny("wan"))
-    components["transformer"] = diffusers.SkyReelsV2Transformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=12,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=96,
-        num_layers=2,
-        rope_max_seq_len=32,
-    )
-    return needless_ftfy(diffusers.SkyReelsV2Pipeline)(**components)
+    pipe = tiny("wan")
+    forcing = like(pipe.transformer, diffusers.SkyReelsV2Transformer3DModel, num_layers=2)
+    return remade(needless_ftfy(diffusers.SkyReelsV2Pipeline), pipe, transformer=forcing)
 
 
-def cogvideox_with(pipeline: str) -> Any:
-    components = cogvideox().components
-    components["transformer"] = like(components["transformer"], in_channels=2 * 4)
-    return getattr(diffusers, pipeline)(**components)
-
-
-def ltx_i2v() -> Any:
-    return diffusers.LTXImageToVideoPipeline(**ltx().components)
+def cogvideox_i2v() -> Any:
+    pipe = cogvideox()
+    wide = like(pipe.transformer, in_channels=2 * 4)  # the noise, and the picture's latents
+    return remade(diffusers.CogVideoXImageToVideoPipeline, pipe, transformer=wide)
 
 
 def ltx_upsample() -> Any:
@@ -83,27 +70,20 @@ def ltx_upsample() -> Any:
 
 
 def framepack() -> Any:
-    components = hunyuan_video().components
-    components["transformer"] = diffusers.HunyuanVideoFramepackTransformer3DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=2,
-        text_embed_dim=32,
-        pooled_projection_dim=32,
-        rope_axes_dim=(4, 4, 8),
-        has_image_proj=True,
-        image_proj_dim=32,
-        has_clean_x_embedder=True,
-    )
-    return diffusers.HunyuanVideoFramepackPipeline(
+    pipe = hunyuan_video()
+    return remade(
+        diffusers.HunyuanVideoFramepackPipeline,
+        pipe,
+        transformer=like(
+            pipe.transformer,
+            diffusers.HunyuanVideoFramepackTransformer3DModel,
+            patch_size=2,
+            has_image_proj=True,
+            image_proj_dim=32,
+            has_clean_x_embedder=True,
+        ),
         image_encoder=encoders.siglip(),
         feature_extractor=encoders.siglip_image_processor(),
-        **components,
     )
 
 
@@ -111,22 +91,9 @@ def cosmos2() -> Any:
     return diffusers.Cosmos2TextToImagePipeline(
         text_encoder=encoders.t5(),
         tokenizer=t5_tokenizer(),
-        transformer=diffusers.CosmosTransformer3DModel(
-            in_channels=16,
-            out_channels=16,
-            num_attention_heads=2,
-            attention_head_dim=16,
-            num_layers=2,
-            mlp_ratio=2,
-            text_embed_dim=32,
-            adaln_lora_dim=4,
-            max_size=(4, 32, 32),
-            extra_pos_embed_type=None,
-            # The mask of padding is resized with torchvision, which is not needed otherwise.
-            concat_padding_mask=False,
-        ),
+        transformer=cosmos_transformer(in_channels=16, out_channels=16, extra_pos_embed_type=None),
         vae=autoencoders.wan(),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+        scheduler=flow_match(use_karras_sigmas=True),
         safety_checker=Guardrail(),
     )
 
@@ -137,14 +104,11 @@ def hunyuan_video_1_5() -> Any:
         tokenizer=vocabularies.qwen(),
         text_encoder_2=encoders.t5(vocab_size=vocabularies.BYTES),
         tokenizer_2=transformers.ByT5Tokenizer(extra_ids=0),
-        transformer=diffusers.HunyuanVideo15Transformer3DModel(
+        transformer=transformer(
+            diffusers.HunyuanVideo15Transformer3DModel,
             in_channels=2 * 4 + 1,  # noise, the picture's latents, which frames are given
-            out_channels=4,
             num_attention_heads=2,
-            attention_head_dim=8,
             num_layers=1,
-            num_refiner_layers=1,
-            text_embed_dim=32,
             text_embed_2_dim=32,
             image_embed_dim=12,
             rope_axes_dim=(2, 2, 4),
@@ -160,7 +124,7 @@ def hunyuan_video_1_5() -> Any:
             downsample_match_channel=False,
             upsample_match_channel=False,
         ),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        scheduler=flow_match(shift=7.0),
         guider=diffusers.ClassifierFreeGuidance(guidance_scale=2.0),
     )
 
@@ -182,7 +146,7 @@ def ltx2() -> Any:
         decoder_causal=False,
     )
     return diffusers.LTX2Pipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        scheduler=flow_match(),
         vae=vae,
         audio_vae=diffusers.AutoencoderKLLTX2Audio(
             base_channels=4,
@@ -208,19 +172,15 @@ def ltx2() -> Any:
             connector_rope_base_seq_len=32,
             rope_type="split",
         ),
-        transformer=diffusers.LTX2VideoTransformer3DModel(
-            in_channels=4,
-            out_channels=4,
+        transformer=transformer(
+            diffusers.LTX2VideoTransformer3DModel,
             num_attention_heads=2,
-            attention_head_dim=8,
             cross_attention_dim=16,
             audio_in_channels=4,
             audio_out_channels=4,
             audio_num_attention_heads=2,
             audio_attention_head_dim=4,
             audio_cross_attention_dim=8,
-            num_layers=2,
-            caption_channels=32,
             rope_type="split",
         ),
         vocoder=LTX2Vocoder(
@@ -250,14 +210,11 @@ def sana_video() -> Any:
             sample_size=4,
             rope_max_seq_len=32,
         ),
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        scheduler=flow_match(shift=3.0),
     )
 
 
 FROM_PICTURE = TEXT_TO_VIDEO | {"image": pil()}
-# As many frames as the video that is given, or one.
-UNTIMED = {key: value for key, value in TEXT_TO_VIDEO.items() if key != "num_frames"}
-UNLIMITED = {key: value for key, value in TEXT_TO_VIDEO.items() if key != "max_sequence_length"}
 LTX2 = TEXT_TO_VIDEO | {
     "guidance_scale": 1.0,
     "stg_scale": 0.0,
@@ -276,34 +233,28 @@ def picture_and_sound(result: Any) -> torch.Tensor:
 
 CASES = (
     case("wan-vace", wan_vace, TEXT_TO_VIDEO),
-    case("wan-v2v", wan_v2v, UNTIMED | {"video": [pil()] * 5}),
+    case("wan-v2v", wan_v2v, SHORT | {"video": [pil()] * 5}),
     case("skyreels", skyreels, TEXT_TO_VIDEO),
-    case("cogvideox-i2v", lambda: cogvideox_with("CogVideoXImageToVideoPipeline"), FROM_PICTURE),
+    case("cogvideox-i2v", cogvideox_i2v, FROM_PICTURE),
     case(
         "cogvideox-fun-control",
-        lambda: cogvideox_with("CogVideoXFunControlPipeline"),
-        UNTIMED | {"control_video": [pil()] * 8},
+        of("CogVideoXFunControlPipeline", cogvideox_i2v),
+        SHORT | {"control_video": [pil()] * 8},
     ),
-    case("ltx-i2v", ltx_i2v, FROM_PICTURE | {"num_frames": 9}),
-    case(
-        "ltx-upsample",
-        ltx_upsample,
-        {"video": [pil()] * 9, "height": SIDE, "width": SIDE, "output_type": "pt"},
-    ),
+    case("ltx-i2v", of("LTXImageToVideoPipeline", ltx), FROM_PICTURE | {"num_frames": 9}),
+    case("ltx-upsample", ltx_upsample, SIZE | {"video": [pil()] * 9, "output_type": "pt"}),
     case(
         "hunyuan-framepack",
         framepack,
-        FROM_PICTURE
-        | {"num_frames": 9, "latent_window_size": 3}
-        | {"prompt_template": {"template": "{}", "crop_start": 0}},
+        HUNYUAN | {"image": pil(), "num_frames": 9, "latent_window_size": 3},
     ),
-    case("cosmos2", cosmos2, UNTIMED),
+    case("cosmos2", cosmos2, SHORT),
     # The second text encoder reads what stands in quotation marks.
-    case("hunyuan-video1.5", hunyuan_video_1_5, UNLIMITED | {"prompt": 'it says "red"'}),
-    case("ltx2", ltx2, LTX2, picture_and_sound),
     case(
-        "sana-video",
-        sana_video,
-        UNTIMED | {"frames": 5, "use_resolution_binning": False, "complex_human_instruction": None},
+        "hunyuan-video1.5",
+        hunyuan_video_1_5,
+        TEXT_TO_IMAGE | {"num_frames": 5, "prompt": 'it says "red"'},
     ),
+    case("ltx2", ltx2, LTX2, picture_and_sound),
+    case("sana-video", sana_video, SANA | {"frames": 5}),
 )
