@@ -23,7 +23,9 @@ ROUND = dataclasses.replace(
     launch_s=1e-6,
     kernel_s=2e-6,
     pin_bytes_per_s=2e9,
+    register_bytes_per_s=4e9,
     pin_s=1e-4,
+    inline_copy_bytes=1,
     host_copy_bytes_per_s=1e10,
 )
 

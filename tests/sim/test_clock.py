@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -360,3 +361,16 @@ def test_bounds_hold_for_any_program(jobs: list[tuple[int, str, int]]) -> None:
     issues = (cost.kernels + cost.h2d_copies) * LAUNCH
     assert max(cost.busy.values()) <= cost.seconds + 1e-12
     assert cost.seconds <= sum(cost.busy.values()) + issues + 1e-12
+
+
+def test_a_small_pageable_copy_passes_what_other_streams_have_queued() -> None:
+    sim.configure(dataclasses.replace(ROUND, inline_copy_bytes=4096))
+    weights = torch.zeros(10**7, dtype=torch.uint8).pin_memory()
+    side = torch.sim.Stream()
+    with torch.sim.stream(side):
+        weights.to("sim", non_blocking=True)  # a millisecond
+    before = sim.seconds()
+    torch.zeros(4096, dtype=torch.uint8).to("sim")
+    assert sim.seconds() - before < 1e-4
+    torch.zeros(4097, dtype=torch.uint8).to("sim")
+    assert sim.seconds() - before > 9e-4

@@ -56,6 +56,13 @@ def test_pinning_again_from_the_cache_is_free() -> None:
     assert pinned_books() == (MIB + MIB // 2, 0) and x.numel() > y.numel()
 
 
+def test_locking_memory_where_it_lies_has_a_rate_of_its_own() -> None:
+    x = torch.empty(MIB, dtype=torch.uint8)
+    sim.host_register(x)
+    assert sim.seconds() == pytest.approx(1e-4 + MIB / 4e9, abs=2e-12)  # ROUND's
+    sim.host_unregister(x)
+
+
 def test_pinned_capacity() -> None:
     sim.configure(ROUND, pinned_capacity=4096)
     x = pinned(2048)
@@ -94,7 +101,7 @@ def test_registering_in_place() -> None:
     before, address = sim.seconds(), x.data_ptr()
     sim.host_register(x)
     assert pinned_books() == (8000, 0)  # not rounded
-    assert sim.seconds() - before == pytest.approx(1e-4 + 8000 / 2e9, abs=4e-12)
+    assert sim.seconds() - before == pytest.approx(1e-4 + 8000 / 4e9, abs=4e-12)
     assert x.is_pinned() and x[10:].is_pinned() and x.data_ptr() == address
     with sim.measure() as cost:
         y = x.to("sim", non_blocking=True)

@@ -81,7 +81,8 @@ class TestTable:
         assert profile.memory_bytes_per_s < rates["float64"] * 64
         assert 7e9 < profile.memory_bytes < 200e9
         assert 1e-6 < profile.kernel_s < profile.launch_s < profile.pin_s < 1e-3
-        assert 1e9 < profile.pin_bytes_per_s < link.h2d_pinned
+        assert 1e9 < profile.pin_bytes_per_s < profile.register_bytes_per_s < link.h2d_pinned
+        assert 1e4 < profile.inline_copy_bytes < 1e6
 
     def test_only_cards_with_float8_tensor_cores_have_a_rate_for_it(self):
         without = {name for name, card in PROFILES.items() if "float8_e4m3fn" not in card.flops}

@@ -126,7 +126,9 @@ def configure(
         "d2h_pageable": link.d2h_pageable,
         "copy_latency_s": link.latency_s,
         "pin_bytes_per_s": chosen.pin_bytes_per_s,
+        "register_bytes_per_s": chosen.register_bytes_per_s,
         "pin_s": chosen.pin_s,
+        "inline_copy_bytes": chosen.inline_copy_bytes,
         "host_copy_bytes_per_s": chosen.host_copy_bytes_per_s,
         "trace": bool(trace),
     }

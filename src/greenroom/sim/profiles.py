@@ -61,8 +61,9 @@ class Profile:
 
     `flops` maps names of torch dtypes to operations per second; `launch_s` is the host's time to
     issue a kernel, `kernel_s` the least time a kernel takes on the device. Pinning `n` bytes of
-    host memory takes `pin_s + n / pin_bytes_per_s`, copying them within it
-    `n / host_copy_bytes_per_s`. `sources` maps the names of these fields to
+    host memory takes `pin_s + n / pin_bytes_per_s`, or `register_bytes_per_s` where they lie,
+    copying them within it `n / host_copy_bytes_per_s`. Pageable copies to the device of up to
+    `inline_copy_bytes` do not wait for the copy engine. `sources` maps the names of these fields to
     where the numbers come from. Equal profiles hash alike; the two mappings are left out of it.
     """
 
@@ -74,7 +75,9 @@ class Profile:
     launch_s: float
     kernel_s: float
     pin_bytes_per_s: float
+    register_bytes_per_s: float
     pin_s: float
+    inline_copy_bytes: int
     host_copy_bytes_per_s: float
     sources: Mapping[str, str] = field(hash=False)
 
@@ -196,6 +199,14 @@ _HOST_SOURCES = {
         "(github.com/ayush-os/nsight-systems-deep-dive); assumption: the same on every card; an "
         "RTX 3060 Laptop needs 2.1 (github.com/R100001/Programming-Massively-Parallel-Processors)"
     ),
+    "register_bytes_per_s": (
+        "8 GiB mapped, touched in parallel and registered in about 1 s (ai-dynamo/dynamo#13710); "
+        "assumption: the same in every host"
+    ),
+    "inline_copy_bytes": (
+        "CUDA driver API, API synchronization behavior: up to 64 KB from pageable memory are "
+        "staged when the copy is issued; assumption: they pass what other streams have queued"
+    ),
     "pin_s": (
         "assumption: the median cudaHostAlloc of a run, 9.5 us (kekzl/imp#1653); with the free, "
         "a call that maps a fresh region costs up to 1.1 ms (lupinemachines/lupine#208)"
@@ -243,7 +254,9 @@ def _card(
         launch_s=4.5e-6,
         kernel_s=1.8e-6,
         pin_bytes_per_s=pin_gb_per_s * 1e9,
+        register_bytes_per_s=8.6e9,
         pin_s=10e-6,
+        inline_copy_bytes=64 * 2**10,
         host_copy_bytes_per_s=10e9,
         sources={
             "memory_bytes": memory_from,

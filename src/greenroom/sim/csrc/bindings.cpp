@@ -34,7 +34,9 @@ void configure(const Numbers& values, const Numbers& flops, const std::string& r
   c.d2h_pageable = values.at("d2h_pageable");
   c.copy_latency_s = values.at("copy_latency_s");
   c.pin_bytes_per_s = values.at("pin_bytes_per_s");
+  c.register_bytes_per_s = values.at("register_bytes_per_s");
   c.pin_s = values.at("pin_s");
+  c.inline_copy_bytes = values.at("inline_copy_bytes");
   c.host_copy_bytes_per_s = values.at("host_copy_bytes_per_s");
   c.trace = values.at("trace") != 0;
   c.races = races;

@@ -341,7 +341,10 @@ Picos World::finish_copy(int timeline, Link link, const char* op, size_t nbytes,
                            : (pinned_copy ? config_.d2h_pinned : config_.d2h_pageable);
   const Picos duration = to_picos(config_.copy_latency_s + double(nbytes) / rate * (down ? device.h2d_slow : device.d2h_slow));
   host_time_ += to_picos(config_.launch_s);
-  const Picos start = (down ? device.h2d : device.d2h).reserve(std::max(stream.time, host_time_), duration, host_time_);
+  Picos start = std::max(stream.time, host_time_);
+  // A small pageable copy travels with its command, past what waits for the engine.
+  const bool travels_inline = down && !pinned_copy && double(nbytes) <= config_.inline_copy_bytes;
+  if (!travels_inline) start = (down ? device.h2d : device.d2h).reserve(start, duration, host_time_);
   stream.time = start + duration;
   Counters& counters = device.counters;
   (down ? counters.h2d_bytes : counters.d2h_bytes) += int64_t(nbytes);

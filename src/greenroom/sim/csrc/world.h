@@ -36,7 +36,8 @@ struct Config {
   int64_t dry_above = -1;        // storages larger than this are never touched; -1: everything is real
   double memory_bytes_per_s = 1e12, launch_s = 0, kernel_s = 0;
   double h2d_pinned = 1e10, d2h_pinned = 1e10, h2d_pageable = 1e10, d2h_pageable = 1e10, copy_latency_s = 0;
-  double pin_bytes_per_s = 1e10, pin_s = 0, host_copy_bytes_per_s = 1e10;
+  double pin_bytes_per_s = 1e10, register_bytes_per_s = 1e10, pin_s = 0, host_copy_bytes_per_s = 1e10;
+  double inline_copy_bytes = 0;
   std::string races = "report";  // "report", "raise" or "off"
   bool trace = false;
 };

@@ -201,7 +201,7 @@ Block* World::pin(size_t nbytes, bool in_place) {
       throw std::runtime_error("greenroom.sim: out of pinned host memory. Tried to lock " + size_of(size) + "; " +
                                size_of(pinned.current) + " of " + size_of(config_.pinned_capacity) + " are locked already.");
     pinned.add(size);
-    const Picos cost = to_picos(config_.pin_s + double(size) / config_.pin_bytes_per_s);
+    const Picos cost = to_picos(config_.pin_s + double(size) / (in_place ? config_.register_bytes_per_s : config_.pin_bytes_per_s));
     note("pin", 0, "host", host_time_, cost, size);
     host_time_ += cost;
   }
