@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 
 import greenroom.sim  # noqa: F401  (so that every example starts on a fresh simulator)
-from greenroom import demo
-from greenroom.core.units import format_bytes
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/simulator.md")
@@ -76,23 +74,3 @@ def headings(page: Path) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
     lines = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
-
-
-@pytest.mark.slow
-def test_the_readmes_table_is_what_the_demo_prints(monkeypatch: pytest.MonkeyPatch) -> None:
-    # One row, of the way that uses most of the simulator: all come from the same code.
-    way = "group offload, leaves"
-    monkeypatch.setattr(demo, "WAYS", {way: demo.WAYS[way]})
-    (row,) = demo.compare("rtx-4060-laptop")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    printed = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
-    assert [
-        row.way,
-        f"{row.enable_seconds * 1e3:.1f} ms",
-        f"{row.seconds * 1e3:.1f} ms",
-        format_bytes(row.peak_bytes),
-        format_bytes(row.h2d_bytes),
-        format_bytes(row.d2h_bytes),
-        str(row.races),
-        "yes" if row.same_output else "NO",
-    ] in printed

@@ -1,95 +1,177 @@
-"""The command line.
+"""The command line: what each command takes. What they do is elsewhere.
 
 Exit codes: 0 done, 1 something did not come out as it should, 2 wrong usage.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import sys
-import warnings
-from typing import Annotated
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, NoReturn
 
 import typer
 
-from .core.units import format_bytes
-
 app = typer.Typer(
     name="greenroom",
-    help="Run PyTorch pipelines of several models on accelerators too small to hold them all.",
+    help="Run PyTorch pipelines of several models on accelerators too small to hold them all.\n\n"
+    "Exit codes: 0 done, 1 something did not come out as it should, 2 wrong usage.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text: paragraphs wrap, and errors are one sentence
+    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to run, as torch names it: cuda, cuda:1, sim. Else the machine's accelerator, "
+        "or the simulated one if there is none."
+    ),
+]
+Simulate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CARD", help="Simulate this card: rtx-4090, h200 ... (rtx-4060-laptop if none)."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from . import __version__
+
+        print(f"greenroom {__version__}")
+        raise typer.Exit
+
 
 @app.callback()
-def _options() -> None:
-    # The models that the commands run themselves are small: OpenMP's waiting threads would cost
-    # more than they save. Must be set before torch is imported.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL_DIR", help="A folder with a diffusers pipeline.")
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask it.")],
+    device: Device = None,
+    simulate: Simulate = None,
+    capacity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help='The simulated device\'s memory, e.g. "8GiB". Else too little for the whole '
+            "pipeline: room for its largest component, and for activations.",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Width and height, e.g. 512x512.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other argument of the pipeline's call, e.g. guidance_scale=3.5. Repeatable.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float16, bfloat16, float32, or auto: what the weights are stored in, and "
+            "float32 for float16 on the simulator, whose kernels are the CPU's."
+        ),
+    ] = "auto",
+    calls: Annotated[int, typer.Option(min=1, help="How often to ask in each way.")] = 1,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="The file to write; its ending says the form. Else picture.png, video.gif or "
+            "answer.npz in the current folder. What is there is replaced.",
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option(help="Run diffusers' own model offload first, and compare with it.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt with a pipeline too large for the device, and tell what it cost.
+
+    The pipeline runs with diffusers' own model offload, then with greenroom's, and the two answers
+    must be the same to the bit. Without an accelerator both run on a simulated one: computed by
+    this machine's CPU, so a large pipeline takes its time, but timed and metered as on the card.
+    """
+    with _sentences():
+        from . import jobs
+
+        report = jobs.run(
+            model,
+            prompt,
+            device=device,
+            simulate=simulate,
+            capacity=capacity,
+            dtype=dtype,
+            seed=seed,
+            settings=jobs.call_settings(steps, size, width, height, settings or ()),
+            calls=calls,
+            output=output,
+            compares=compare,
+        )
+    report.print(as_json=as_json)
+    raise typer.Exit(0 if report.is_sound else 1)
 
 
 @app.command()
 def demo(
-    profile: Annotated[
-        str, typer.Option(help="The machine to simulate, e.g. rtx-4090 or h200.")
-    ] = "rtx-4060-laptop",
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What to ask it.")
+    ] = "a red circle above a blue square",
+    device: Device = None,
+    simulate: Simulate = None,
     capacity: Annotated[
-        str | None, typer.Option(help='Its device memory, e.g. "150MiB"; else the real card\'s.')
+        str | None,
+        typer.Option(
+            metavar="BYTES", help="The simulated device's memory, e.g. \"200MiB\". Else the card's."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The picture. What is there is replaced.")
+    ] = Path("greenroom-demo.png"),
+    as_json: Json = False,
 ) -> None:
-    """Compare the ways of offloading on a small SDXL pipeline, on the simulated accelerator."""
-    rows = []
-    try:
-        _quieten()
-        from .demo import WAYS, compare
+    """Answer a prompt with a small SDXL, and compare greenroom with diffusers' ways of offloading.
 
-        print(f"running a small SDXL on a simulated {profile}", file=sys.stderr, flush=True)
-        for row in compare(profile, capacity):
-            rows.append(row)
-            print(f"  {len(rows)}/{len(WAYS)} {row.way}", file=sys.stderr, flush=True)
-    except (ValueError, ImportError) as error:
-        print(f"greenroom: {error}", file=sys.stderr)
-        raise typer.Exit(2) from error
-    except RuntimeError as error:
-        if type(error).__name__ != "SimulatorBuildError":
-            raise
-        print(f"greenroom: {error}", file=sys.stderr)
-        raise typer.Exit(1) from error
+    Nothing is downloaded: the weights are random, so the picture is noise. They are made once and
+    kept in ~/.cache/greenroom ($GREENROOM_CACHE names another place).
+    """
+    # The model is small: OpenMP's waiting threads would cost more than they save. torch reads it
+    # when it is imported, which is below.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with _sentences():
+        from . import jobs
 
-    if as_json:
-        print(json.dumps([row.to_dict() for row in rows], indent=2))
-    else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(
-            title=f"SDXL's classes, 266 MB of random weights, 4 steps, on a simulated {profile}",
-            caption="times are virtual, bytes of one call; 'same': the CPU's picture, bit by bit",
+        report = jobs.demo(
+            prompt, device=device, simulate=simulate, capacity=capacity, output=output
         )
-        table.add_column("way")
-        for heading in ("to enable", "a call", "peak", "to device", "to host", "races", "same"):
-            table.add_column(heading, justify="right")
-        for row in rows:
-            if not row.fits:
-                table.add_row(row.way, *["-"] * 6, "does not fit")
-                continue
-            table.add_row(
-                row.way,
-                f"{row.enable_seconds * 1e3:.1f} ms",
-                f"{row.seconds * 1e3:.1f} ms",
-                format_bytes(row.peak_bytes),
-                format_bytes(row.h2d_bytes),
-                format_bytes(row.d2h_bytes),
-                str(row.races),
-                "yes" if row.same_output else "NO",
-            )
-        Console(width=None if sys.stdout.isatty() else 110).print(table)
-    if any(row.races or row.same_output is False for row in rows):
-        raise typer.Exit(1)
+    report.print(as_json=as_json)
+    raise typer.Exit(0 if report.is_sound else 1)
 
 
 @app.command(
@@ -101,27 +183,95 @@ def demo(
     },
 )
 def execute(
-    context: typer.Context, script: Annotated[str, typer.Argument(help="A Python script.")]
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="SCRIPT", help="A Python script, and its arguments."),
+    ],
+    is_module: Annotated[
+        bool, typer.Option("-m", help="SCRIPT is a module's name, as in python -m.")
+    ] = False,
+    simulate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CARD",
+            help="Simulate this card, so that the script finds an accelerator: rtx-4090, h200 ...",
+        ),
+    ] = None,
+    capacity: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="The simulated device's memory.")
+    ] = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, max=16, help="How many of them to simulate.")
+    ] = None,
 ) -> None:
-    """Run a script, unchanged, with greenroom behind its pipe.enable_model_cpu_offload()."""
-    if not os.path.isfile(script):
-        print(f"greenroom: there is no script {script!r}", file=sys.stderr)
-        raise typer.Exit(2)
-    from .drop_in import run_script
+    """Run a script, unchanged, with greenroom behind its pipe.enable_model_cpu_offload().
 
-    run_script(script, context.args)
+    Options for greenroom stand before the script; all that follows it is the script's.
+    """
+    path, *arguments = command
+    if not is_module and not os.path.isfile(path):
+        _refuse(f"there is no script {path!r}", 2)
+    if simulate is None and (capacity is not None or devices is not None):
+        _refuse("--capacity and --devices are for a simulated card: name it with --simulate", 2)
+    with _sentences():
+        if simulate is not None:
+            _simulate(simulate, capacity, devices or 1)
+        from .drop_in import install
+
+        install()
+    raise _ScriptRequest(path, arguments, is_module)
 
 
-def _quieten() -> None:
-    """Keep the libraries' notes about other things out of our output."""
-    warnings.simplefilter("ignore")
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+def _simulate(card: str, capacity: str | None, devices: int) -> None:
+    from . import sim
+    from .errors import UsageError
 
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
+    try:
+        sim.configure(card, capacity=capacity, devices=devices)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+class _ScriptRequest(BaseException):
+    """Leaves the command line, so that the script runs with nothing of it around."""
+
+    def __init__(self, name: str, arguments: list[str], is_module: bool) -> None:
+        self.name, self.arguments, self.is_module = name, arguments, is_module
+
+
+def _refuse(sentence: str, code: int) -> NoReturn:
+    print(f"greenroom: {sentence}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """Let what is the user's to mend end the command with a sentence; bugs have tracebacks."""
+    try:
+        yield
+    except Exception as error:
+        from .errors import GreenroomError, UsageError
+
+        if isinstance(error, (UsageError, ImportError)):
+            _refuse(str(error), 2)
+        if isinstance(error, (GreenroomError, OSError)) or _is_build_error(error):
+            _refuse(str(error), 1)
+        raise
+
+
+def _is_build_error(error: Exception) -> bool:
+    # Not by class: where there is no compiler, that cannot be imported either.
+    return type(error).__name__ == "SimulatorBuildError"
 
 
 def main() -> None:
     """Run the command line."""
-    app()
+    hook = sys.excepthook
+    try:
+        app()
+    except _ScriptRequest as request:
+        wanted = request
+    from .scripts import run_module, run_script
+
+    sys.excepthook = hook  # the command line has set its own
+    (run_module if wanted.is_module else run_script)(wanted.name, wanted.arguments)

@@ -1,96 +1,97 @@
-"""What each way of offloading costs, side by side on the simulated accelerator."""
+"""The pipeline that greenroom can always run, and the ways to run it that are worth comparing.
+
+The pipeline is a small SDXL: its own classes with random weights, so the picture is noise, but the
+work and the traffic are SDXL's in small. It is built once, saved in the cache folder as any
+pipeline is saved, and from then on loaded from there.
+"""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import contextlib
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import sim
-from .zoo.tiny import call_kwargs, demo_sdxl
+from .cache import cache_dir
+from .compare import TWO_WAYS, Way
+from .errors import GreenroomError
+
+PROMPT = "a red circle above a blue square"
+
+#: What a call takes besides the prompt.
+SETTINGS: Mapping[str, Any] = {"num_inference_steps": 4, "height": 128, "width": 128}
 
 
-@dataclass(frozen=True)
-class Row:
-    """One way to run the pipeline: seconds are virtual, bytes are of the measured call.
-
-    enable_seconds: what turning it on took, loading onto the device or pinning included.
-    same_output: the call's pictures equal the CPU's bit for bit; None if it did not fit.
-    """
-
-    way: str
-    fits: bool
-    enable_seconds: float = 0.0
-    seconds: float = 0.0
-    peak_bytes: int = 0
-    h2d_bytes: int = 0
-    d2h_bytes: int = 0
-    races: int = 0
-    same_output: bool | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The row as plain values."""
-        return asdict(self)
+class CacheError(GreenroomError, RuntimeError):
+    """The cache folder cannot take the pipeline."""
 
 
-def _group(pipe: Any, kind: str) -> None:
+def _resident(pipe: Any, device: torch.device) -> None:
+    pipe.to(device)
+
+
+def _sequential(pipe: Any, device: torch.device) -> None:
+    pipe.enable_sequential_cpu_offload(device=device)
+
+
+def _blocks(pipe: Any, device: torch.device) -> None:
     pipe.enable_group_offload(
-        onload_device=torch.device("sim:0"),
-        offload_type=f"{kind}_level",
-        num_blocks_per_group=1 if kind == "block" else None,
-        use_stream=True,
+        onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=True
     )
 
 
-WAYS: dict[str, Callable[[Any], Any]] = {
-    "resident": lambda pipe: pipe.to("sim"),
-    "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="sim"),
-    "sequential offload": lambda pipe: pipe.enable_sequential_cpu_offload(device="sim"),
-    "group offload, blocks": lambda pipe: _group(pipe, "block"),
-    "group offload, leaves": lambda pipe: _group(pipe, "leaf"),
+def _leaves(pipe: Any, device: torch.device) -> None:
+    pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
+
+
+#: All of it on the device; diffusers' ways; greenroom's.
+WAYS: Mapping[str, Way] = {
+    "resident": _resident,
+    "sequential offload": _sequential,
+    "group offload, blocks": _blocks,
+    "group offload, leaves": _leaves,
+    **TWO_WAYS,
 }
 
 
-def compare(profile: str, capacity: int | str | None = None) -> Iterator[Row]:
-    """Run a small SDXL (its own classes, random weights, 266 MB) in every way, row by row.
+def model_folder() -> Path:
+    """The small SDXL's folder in the cache; built and saved if it is not there.
 
     Raises:
-        UnknownProfile, ValueError: no such machine.
+        CacheError: it could not be saved.
+        ImportError: diffusers or transformers is not installed.
     """
-    sim.configure(profile, capacity=capacity)
-    expected = _pictures(demo_sdxl())
-    for way in WAYS:
-        sim.configure(profile, capacity=capacity)
-        try:
-            row = _measure(way, expected)
-        except torch.OutOfMemoryError:
-            row = Row(way, fits=False)
-        gc.collect()  # a pipeline and its hooks hold each other
-        yield row
+    folder = cache_dir() / f"demo-sdxl-{_fingerprint()}"
+    if folder.is_dir():
+        return folder
+    from .zoo.tiny import demo_sdxl
 
-
-def _measure(way: str, expected: torch.Tensor) -> Row:
     pipe = demo_sdxl()
-    with sim.measure() as enabling:
-        WAYS[way](pipe)
-    with sim.measure() as call:
-        pictures = _pictures(pipe)
-    return Row(
-        way,
-        fits=True,
-        enable_seconds=enabling.seconds,
-        seconds=call.seconds,
-        peak_bytes=call.peak_bytes,
-        h2d_bytes=call.h2d_bytes,
-        d2h_bytes=call.d2h_bytes,
-        races=len(enabling.races) + len(call.races),
-        same_output=torch.equal(pictures, expected),
-    )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Under another name until it is complete: whoever is interrupted leaves no half of it.
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="saving-") as scratch:
+            unfinished = Path(scratch, folder.name)
+            pipe.save_pretrained(unfinished)
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                unfinished.rename(folder)
+    except OSError as error:
+        raise CacheError(
+            f"the demo's pipeline (266 MB) is kept in {folder.parent}, which cannot take it "
+            f"({error.strerror or error}): name another folder in GREENROOM_CACHE"
+        ) from error
+    return folder
 
 
-def _pictures(pipe: Any) -> torch.Tensor:
-    pipe.set_progress_bar_config(disable=True)
-    return torch.as_tensor(pipe(**call_kwargs("demo-sdxl")).images).cpu()
+def _fingerprint() -> str:
+    """Of all that the weights and their files depend on."""
+    versions = [version(library) for library in ("torch", "diffusers", "transformers")]
+    digest = hashlib.sha256(" ".join(versions).encode())
+    for name in ("tiny.py", "tokenizers.py"):
+        digest.update((Path(__file__).parent / "zoo" / name).read_bytes())
+    return digest.hexdigest()[:16]

@@ -5,18 +5,13 @@ Reversible, and explicit: nothing is changed by importing greenroom.
 
 from __future__ import annotations
 
-import functools
-import runpy
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from .adapters import diffusers as _diffusers
 from .pipeline import disable_model_cpu_offload, enable_model_cpu_offload
 
-_METHODS = ("enable_model_cpu_offload", "disable_model_cpu_offload", "maybe_free_model_hooks")
 _ABSENT = object()
 _replaced: list[tuple[type, str, Any]] = []
 
@@ -62,18 +57,6 @@ def uninstall() -> None:
             setattr(cls, name, original)
 
 
-def run_script(path: str, arguments: Sequence[str]) -> None:
-    """Run somebody's script as ``python script.py ...`` would, with `install()` in force."""
-    install()
-    before = sys.argv
-    sys.argv = [path, *arguments]
-    try:
-        runpy.run_path(path, run_name="__main__")
-    finally:
-        sys.argv = before
-        uninstall()
-
-
 def _enable(
     self: Any, gpu_id: int | None = None, device: torch.device | str | None = None, **options: Any
 ) -> None:
@@ -87,21 +70,15 @@ def _disable(self: Any) -> None:
 
 
 def _replace(cls: type, *, is_base: bool) -> None:
-    ours: dict[str, Any] = {
-        "enable_model_cpu_offload": _enable,
-        "maybe_free_model_hooks": _diffusers.free_model_hooks,
-    }
+    ours: dict[str, Any] = {"enable_model_cpu_offload": _enable}
     if is_base:
         ours["disable_model_cpu_offload"] = _disable
     for name, function in ours.items():
         original = cls.__dict__.get(name, _ABSENT)
         if original is _ABSENT and not is_base:
             continue  # it inherits ours
-        replacement: Any = function
-        if callable(original):
-            replacement = functools.wraps(original)(function)
         _replaced.append((cls, name, original))
-        setattr(cls, name, replacement)
+        setattr(cls, name, function)
 
 
 def _subclasses(cls: type) -> Iterator[type]:

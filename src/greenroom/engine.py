@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from tqdm.auto import tqdm
 
-from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed, Onload, State
+from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed, Onload
 from .core.pinning import PinningAllowance
 from .device.backend import Backend
 
@@ -60,8 +60,11 @@ class Engine:
         """Take a component in; returns the key it is known by, which is its name made unique."""
         with self.lock:
             key = name if name not in self._parts else f"{name}#{next(self._serial)}"
+            kin = [other for other, known in self._parts.items() if known.held & part.held]
             self._parts[key] = part
             self.machine.add(key, in_sequence=in_sequence)
+            for other in kin:
+                self.machine.make_kin(key, other)
             weakref.finalize(part, self._forget, key).atexit = False
             return key
 
@@ -86,12 +89,14 @@ class Engine:
             torch.OutOfMemoryError, WeightsError: it could not be brought there; it is at home then.
         """
         with self.lock:
-            self._carry_out(Needed(key, enters))
+            if not self.machine.is_resident(key):
+                self._forget_dead_threads()
+            self._carry_out(Needed(key, enters, threading.get_ident()))
 
     def left(self, key: str) -> None:
         """A forward of the component has returned; while the device works, the host prepares."""
         with self.lock:
-            self.machine.handle(Left(key))
+            self.machine.handle(Left(key, threading.get_ident()))
             self._settle_while_busy()
 
     @contextlib.contextmanager
@@ -112,16 +117,25 @@ class Engine:
         """Send every component home."""
         with self.lock:
             if self._calls <= 1:
-                self._carry_out(CallEnded())
+                self._forget_dead_threads()
+                self._carry_out(CallEnded(threading.get_ident()))
 
-    def send_home(self, key: str) -> None:
-        """Send one component home, whoever may need it."""
+    def send_home(self, key: str) -> bool:
+        """Send one component home; False if it is at work in another thread, and stays."""
         with self.lock:
             part = self._parts.get(key)
-            if part is not None and key in self.machine.names(State.RESIDENT):
-                part.go_home()
-                self.machine.remove(key)
-                self.machine.add(key, in_sequence=part.in_sequence)
+            if part is None or not self.machine.is_resident(key):
+                return True
+            self._forget_dead_threads()
+            if self.machine.is_busy(key, but=threading.get_ident()):
+                return False
+            part.go_home()
+            self.machine.went_home(key)
+            return True
+
+    def _forget_dead_threads(self) -> None:
+        alive = (thread.ident for thread in threading.enumerate())
+        self.machine.forget_threads_but(frozenset(i for i in alive if i is not None))
 
     def _carry_out(self, event: Event) -> None:
         instructions = list(self.machine.handle(event))
@@ -132,8 +146,8 @@ class Engine:
             try:
                 if part is not None:
                     if isinstance(instruction, Onload):
-                        self._is_settled = False
                         part.go_to_device()
+                        self._is_settled = next(self._unsettled(), None) is None
                     else:
                         self._pinning.dropped(part.store.nbytes - part.go_home())
             except BaseException:
@@ -149,11 +163,16 @@ class Engine:
         """Page-lock some host weights, as long as the device has work."""
         if self._is_settled:
             return
-        for done, (part, segment) in enumerate(self._unsettled()):
-            if done == _SETTLE_AT_ONCE or not self.backend.is_busy():
+        unsettled = self._unsettled()
+        for _ in range(_SETTLE_AT_ONCE):
+            if not self.backend.is_busy():
                 return
+            found = next(unsettled, None)
+            if found is None:
+                self._is_settled = True
+                return
+            part, segment = found
             part.store.settle(segment)
-        self._is_settled = True
 
     def _settle_what_was_saved(self) -> None:
         """Page-lock as many host weights as the call has saved the time for."""

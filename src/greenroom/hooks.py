@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,24 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from .device.store import WeightStore
-from .device.walk import walk
+from .device.walk import is_plain, walk
 from .engine import Engine
+
+
+def _hidden_from_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Not traced by torch.compile: weights move between graphs, and one graph serves all calls.
+
+    `torch.compiler.disable` imports the compiler, which takes seconds: only when first called.
+    """
+
+    @functools.wraps(function)
+    def hidden(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # A graph ends here; what follows is compiled by itself.
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return hidden
 
 
 class Part:
@@ -20,47 +37,63 @@ class Part:
 
     While it is home, every module inside has a bell: work that does not come through the
     component's own forward (`vae._encode`, `get_image_features`) rings it. On the device only
-    `doors` keep theirs, to bring inputs along.
+    `doors` have one, to bring inputs along. `entrances` always have: the part is at work from their
+    bell until they return.
     """
 
     def __init__(
-        self, engine: Engine, modules: list[nn.Module], name: str, *, in_sequence: bool
+        self,
+        engine: Engine,
+        modules: Sequence[nn.Module],
+        name: str,
+        *,
+        in_sequence: bool,
+        entrances: Sequence[nn.Module] = (),
     ) -> None:
         self.engine = engine
         self.modules = modules
         self.in_sequence = in_sequence
         self.store = WeightStore(modules, name, engine.backend)
-        self.doors: list[nn.Module] = []
+        self.held = frozenset(id(held.tensor) for root in modules for held in walk(root))
+        self.doors: Sequence[nn.Module] = ()
+        self._entrances = {id(module) for module in entrances}
         self._bells: list[torch.utils.hooks.RemovableHandle] = []
+        # Threads may come in at any moment, so these bells are never taken down in between.
+        self._fixed = [
+            *map(self._hang, entrances),
+            *(m.register_forward_hook(self._leave, always_call=True) for m in entrances),
+        ]
         self.key = engine.join(self, name, in_sequence=in_sequence)
 
-    def hang_bells(self, inside: list[nn.Module]) -> None:
-        """Bells on these modules, and on no other."""
-        self.take_down_bells()
-        self._bells = [m.register_forward_pre_hook(self._ring, with_kwargs=True) for m in inside]
+    def _hang(self, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        # First of all hooks: others (weight_norm's) compute with the weights already.
+        return module.register_forward_pre_hook(self._ring, prepend=True, with_kwargs=True)
 
-    def take_down_bells(self) -> None:
-        """No bells."""
+    def hang_bells(self, modules: Iterable[nn.Module]) -> None:
+        """Bells on these modules, and on no other but the entrances."""
         for bell in self._bells:
             bell.remove()
-        self._bells = []
+        self._bells = [self._hang(m) for m in modules if id(m) not in self._entrances]
 
+    def take_down(self) -> None:
+        """No bells any more."""
+        self.hang_bells(())
+        for handle in self._fixed:
+            handle.remove()
+
+    @_hidden_from_compiler
     def _ring(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        self.engine.need(self.key, enters=False)
+        self.engine.need(self.key, enters=id(module) in self._entrances)
         return self.bring(args), self.bring(kwargs)
+
+    @_hidden_from_compiler
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.engine.left(self.key)
 
     def bring(self, inputs: Any) -> Any:
         """The inputs on the device; the very same object if they are there."""
-        return send_to_device(inputs, self.engine.device) if self._has_strays(inputs) else inputs
-
-    def _has_strays(self, value: Any) -> bool:
-        if isinstance(value, torch.Tensor):
-            return value.device != self.engine.device
-        if isinstance(value, (tuple, list)):
-            return any(map(self._has_strays, value))
-        if isinstance(value, Mapping):
-            return any(map(self._has_strays, value.values()))
-        return False
+        device = self.engine.device
+        return send_to_device(inputs, device) if _has_strays(inputs, device) else inputs
 
     # ---- what the engine calls
 
@@ -77,7 +110,7 @@ class Part:
 
     def at_home(self) -> None:
         """Bells everywhere inside."""
-        self.hang_bells([m for root in self.modules for m in root.modules()])
+        self.hang_bells(m for root in self.modules for m in root.modules())
 
 
 class OffloadHook(CpuOffload):  # type: ignore[misc]
@@ -100,11 +133,9 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
             self.parts = [Part(engine, [module], name, in_sequence=in_sequence)]
         else:
             self.parts = [
-                Part(engine, modules, f"{name}.{half}", in_sequence=in_sequence)
+                Part(engine, modules, f"{name}.{half}", in_sequence=in_sequence, entrances=modules)
                 for half, modules in halves.items()
             ]
-            for part in self.parts:
-                part.doors = part.modules
 
     # ---- what accelerate, diffusers and transformers call
 
@@ -119,6 +150,7 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
             self.parts[0].hang_bells([m for m in module.modules() if m is not module])
         return module
 
+    @_hidden_from_compiler
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Have the weights and the inputs on the device."""
         part = self.parts[0]
@@ -131,6 +163,7 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
         self.engine.need(part.key, enters=True)
         return part.bring(args), part.bring(kwargs)
 
+    @_hidden_from_compiler
     def post_forward(self, module: nn.Module, output: Any) -> Any:
         """Say that the forward has returned."""
         self.engine.left(self.parts[0].key)
@@ -140,14 +173,30 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
         """Leave the module as it was, at home."""
         for part in self.parts:
             self.engine.leave(part.key)
-            part.take_down_bells()
+            part.take_down()
             part.store.unsettle()
         return module
 
-    def send_home(self) -> None:
-        """Every part goes home."""
-        for part in self.parts:
-            self.engine.send_home(part.key)
+    def send_home(self) -> bool:
+        """Every part goes home; False if another thread is running one."""
+        return all([self.engine.send_home(part.key) for part in self.parts])
+
+
+_CONTAINERS = (tuple, list, dict, Mapping)  # an abstract class is slow to ask, so it comes last
+
+
+def _has_strays(inputs: Any, device: torch.device) -> bool:
+    """Whether any tensor in a nested container is elsewhere than on the device.
+
+    It runs before every forward: a call for each container, none for what is in it.
+    """
+    for value in inputs if isinstance(inputs, (tuple, list)) else inputs.values():
+        if isinstance(value, torch.Tensor):
+            if value.device != device:
+                return True
+        elif value is not None and isinstance(value, _CONTAINERS) and _has_strays(value, device):
+            return True
+    return False
 
 
 def _halves(module: nn.Module) -> dict[str, list[nn.Module]] | None:
@@ -163,7 +212,12 @@ def _halves(module: nn.Module) -> dict[str, list[nn.Module]] | None:
     decodes = [m for name, m in children.items() if name in ("decoder", "post_quant_conv")]
     encodes = [m for name, m in children.items() if name not in ("decoder", "post_quant_conv")]
     storages = [
-        {held.tensor.untyped_storage().data_ptr() for root in side for held in walk(root)}
+        {
+            held.tensor.untyped_storage().data_ptr()
+            for root in side
+            for held in walk(root)
+            if is_plain(held.tensor)
+        }
         for side in (encodes, decodes)
     ]
     if storages[0] & storages[1]:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
 import logging
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .adapters import diffusers as _diffusers
 from .adapters import quantised
+from .components import Order, components_of, order_of, unique
 from .device.backend import find_device
-from .device.walk import walk
+from .device.walk import walk, why_valueless
 from .engine import Engine
-from .errors import UsageError, WeightsError
-from .hooks import OffloadHook
+from .errors import NoAcceleratorError, UsageError, WeightsError
+
+if TYPE_CHECKING:
+    from .hooks import OffloadHook  # needs accelerate, which may be missing or too old
 
 logger = logging.getLogger("greenroom")
 
@@ -44,20 +46,18 @@ def enable_model_cpu_offload(
 
     Args:
         pipe: a diffusers pipeline, a mapping of names to modules, or any object whose attributes
-            (or whose
-            ``components``) are modules.
-        gpu_id: index of the device; with none given here or in `device`, the one from before, else
-            0.
-        device: the device or its type; else the accelerator that torch finds, or the one from
-            before.
+            (or whose ``components``) are modules.
+        gpu_id: index of the device. An index that the machine does not have is warned of here and
+            refused when the pipeline is called.
+        device: the device or its type; else the one from before, or the accelerator that torch
+            finds. Without an index here or in `gpu_id`, its first.
         sequence: the order in which components run, ``"text_encoder->unet->vae"``; else the
-            pipeline's
-            ``model_cpu_offload_seq``.
+            pipeline's ``model_cpu_offload_seq``.
         budget: None, the only choice so far: one component at a time.
 
     Raises:
         UsageError (a ValueError): the request cannot be; nothing has been touched.
-        NoAcceleratorError (a RuntimeError): there is no device.
+        NoAcceleratorError (a RuntimeError): there is no such device.
         ImportError: accelerate is older than 0.17.0.
     """
     _require_accelerate()
@@ -68,16 +68,25 @@ def enable_model_cpu_offload(
     before = state_of(pipe)
     target = _target(gpu_id, device, before)
     modules = components_of(pipe)
-    names = _sequence(pipe, sequence, modules, before)
+    if before is not None and sequence is None:
+        order = before.order
+    else:
+        order = order_of(pipe, sequence, modules)
     _diffusers.refuse_conflicts(pipe, modules)
     _refuse_meta(modules)
+    if not _is_present(target):
+        warnings.warn(f"{_absence(target)}. Calls of this pipeline will fail.", stacklevel=2)
     if before is not None and before.engine.device == target:
-        before.sequence = names
-        before.refresh()
+        with before.engine.lock:  # another thread's call ends first
+            before.order = order
+            before.refresh(pipe)
         return
     if before is not None:
-        before.disable()
-    Offloading(pipe, Engine.of(target), names).enable()
+        with before.engine.lock:
+            before.disable(pipe)
+    engine = Engine.of(target)
+    with engine.lock:
+        Offloading(engine, order).enable(pipe)
 
 
 def disable_model_cpu_offload(pipe: Any) -> None:
@@ -87,14 +96,16 @@ def disable_model_cpu_offload(pipe: Any) -> None:
     """
     state = state_of(pipe)
     if state is not None:
-        state.disable()
+        with state.engine.lock:
+            state.disable(pipe)
 
 
 def offload_now(pipe: Any) -> None:
     """Send every component of the pipeline home at once."""
     state = state_of(pipe)
     if state is not None:
-        state.send_home()
+        with state.engine.lock:
+            state.send_home(pipe)
 
 
 class OffloadMixin:
@@ -104,8 +115,9 @@ class OffloadMixin:
     names in ``_exclude_from_cpu_offload`` go to the device and stay there.
     """
 
-    model_cpu_offload_seq: str | None = None
-    _exclude_from_cpu_offload: tuple[str, ...] | list[str] = ()
+    # Declared, not set: beside a base class that has them they must not hide its own.
+    model_cpu_offload_seq: str | None
+    _exclude_from_cpu_offload: tuple[str, ...] | list[str]
 
     def enable_model_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None, **options: Any
@@ -123,67 +135,96 @@ class OffloadMixin:
 
 
 class Offloading:
-    """What was done to one pipeline, and how to undo it."""
+    """What was done to one pipeline, and how to undo it.
 
-    def __init__(self, pipe: Any, engine: Engine, sequence: tuple[str, ...]) -> None:
-        self.pipe = pipe
+    It keeps neither the pipeline nor its components alive.
+    """
+
+    def __init__(self, engine: Engine, order: Order) -> None:
         self.engine = engine
-        self.sequence = sequence
-        self.kept: list[nn.Module] = []
+        self.order = order
+        # On the device for good, by the pipeline's wish.
+        self.kept: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.immovable: set[str] = set()  # names, each of which has been said once
 
-    def enable(self) -> None:
+    def enable(self, pipe: Any) -> None:
         """Send everything home, then hook it."""
-        modules = components_of(self.pipe)
-        _diffusers.strip_foreign_hooks(modules.values())
-        for module in modules.values():
-            if quantised.why_immovable(module) is None and not isinstance(
-                _hook(module), OffloadHook
-            ):
-                module.to("cpu")
+        for module in components_of(pipe).values():
+            _bring_home(module)
         self.engine.backend.empty_cache()
-        _remember(self.pipe, self)
-        _watch_calls(type(self.pipe))
-        _diffusers.bind(self.pipe, self)
-        self.refresh()
+        _watch_calls(type(pipe))
+        _diffusers.bind(pipe)
+        self.refresh(pipe)
 
-    def refresh(self) -> None:
+    def refresh(self, pipe: Any) -> None:
         """Everything home; components that came, went or were replaced since are taken in."""
-        self.send_home()
-        excluded = set(getattr(self.pipe, "_exclude_from_cpu_offload", ()))
-        for name, module in _unique(components_of(self.pipe)).items():
+        _remember(pipe, self)
+        self.send_home(pipe)
+        self.take_in(pipe)
+        replaced = self.kept - set(components_of(pipe).values())
+        for module in replaced:
+            module.to("cpu")  # what took its place is kept instead
+        self.kept -= replaced
+
+    def take_in(self, pipe: Any) -> None:
+        """Hook the components that are not, or put them on the device if they are to stay there."""
+        excluded = set(getattr(pipe, "_exclude_from_cpu_offload", ()))
+        for name, module in unique(components_of(pipe), self.order.names).items():
+            in_sequence = name in self.order.names or name in self.order.misspelt
             reason = quantised.why_immovable(module)
             if reason is not None:
-                logger.info("%s stays where it is: %s", name, reason)
-            elif name in excluded and name not in self.sequence:
-                if not any(module is kept for kept in self.kept):
-                    self.kept.append(module.to(self.engine.device))
+                if name not in self.immovable:
+                    self.immovable.add(name)
+                    logger.info("%s stays where it is: %s", name, reason)
+            elif name in excluded and name not in self.order.names:
+                if _is_present(self.engine.device):
+                    module.to(self.engine.device)
+                    self.kept.add(module)
             else:
-                attach(self.engine, module, name, in_sequence=name in self.sequence)
-        _diffusers.publish(self.pipe, self)
+                if hook_of(module) is None:
+                    _bring_home(module)
+                attach(self.engine, module, name, in_sequence=in_sequence)
+        _diffusers.publish(pipe, self)
 
-    def send_home(self) -> None:
-        """Every component of this pipeline goes home."""
-        for module in components_of(self.pipe).values():
-            hook = _hook(module)
-            if isinstance(hook, OffloadHook):
-                hook.send_home()
+    def send_home(self, pipe: Any) -> None:
+        """Every component of this pipeline goes home, also from where others put it."""
+        for module in components_of(pipe).values():
+            hook = hook_of(module)
+            if hook is None:
+                continue
+            is_home = hook.send_home()
+            if is_home and any(
+                held.tensor.device.type not in ("cpu", "meta") for held in walk(module)
+            ):
+                module.to("cpu")  # after a `pipe.to("cuda")` of somebody's, which no hook sees
 
-    def disable(self) -> None:
+    def disable(self, pipe: Any) -> None:
         """Undo it all."""
-        for module in components_of(self.pipe).values():
+        self.send_home(pipe)
+        for module in components_of(pipe).values():
             detach(module)
         for module in self.kept:
             module.to("cpu")
-        _diffusers.unbind(self.pipe)
-        _forget(self.pipe)
+        _diffusers.unbind(pipe)
+        _forget(pipe)
+
+
+def _bring_home(module: nn.Module) -> None:
+    """Take a component that is not ours to host memory, unless it cannot be moved."""
+    if hook_of(module) is None:
+        _diffusers.strip_foreign_hooks(module)
+        if quantised.why_immovable(module) is None:
+            module.to("cpu")
 
 
 def attach(engine: Engine, module: nn.Module, name: str, *, in_sequence: bool) -> None:
     """Hook a component, unless it is hooked for this engine already."""
     from accelerate.hooks import add_hook_to_module
 
-    hook = _hook(module)
-    if isinstance(hook, OffloadHook):
+    from .hooks import OffloadHook
+
+    hook = hook_of(module)
+    if hook is not None:
         if hook.engine is engine:
             return
         detach(module)
@@ -194,121 +235,75 @@ def detach(module: nn.Module) -> None:
     """Unhook a component. What others wrapped around its forward after us stays."""
     from accelerate.hooks import ModelHook, remove_hook_from_module
 
-    hook = _hook(module)
-    if not isinstance(hook, OffloadHook):
+    hook = hook_of(module)
+    if hook is None:
         return
     ours = getattr(module.__dict__.get("forward"), "func", None)
     if ours is not None and ours.__module__ == "accelerate.hooks":
         had_own = getattr(module._old_forward, "__func__", None) is not type(module).forward
         remove_hook_from_module(module)
         if not had_own:
-            module.__dict__.pop(
-                "forward", None
-            )  # accelerate leaves the bound method on the instance
+            # accelerate leaves the bound method on the instance
+            module.__dict__.pop("forward", None)
     else:
         hook.detach_hook(module)
         module._hf_hook = ModelHook()  # their wrapper still comes through here
 
 
-def _hook(module: nn.Module) -> Any:
-    return getattr(module, "_hf_hook", None)
+def hook_of(module: Any) -> OffloadHook | None:
+    """Our hook on a component, or None."""
+    from .hooks import OffloadHook
+
+    hook = getattr(module, "_hf_hook", None)
+    return hook if isinstance(hook, OffloadHook) else None
 
 
 # ---- pipelines of any kind
 # ----------------------------------------------------------------------------
 
-_states: dict[int, Offloading] = {}  # of pipelines that take no attribute: dicts
+#: By component, then by id: what was done to pipelines that take no attribute and no weak reference
+#: (dicts). An entry goes when its component goes, which it therefore must not keep alive.
+_states: weakref.WeakKeyDictionary[nn.Module, dict[int, Offloading]] = weakref.WeakKeyDictionary()
 
 
 def state_of(pipe: Any) -> Offloading | None:
     """What was done to the pipeline, or None."""
-    found = getattr(pipe, _STATE, None) if hasattr(pipe, "__dict__") else _states.get(id(pipe))
-    return found if isinstance(found, Offloading) else None
+    if hasattr(pipe, "__dict__"):
+        found = getattr(pipe, _STATE, None)
+        return found if isinstance(found, Offloading) else None
+    try:
+        modules = components_of(pipe).values()
+    except UsageError:  # there are none to which anything could have been done
+        return None
+    states = (_states.get(module, {}).get(id(pipe)) for module in modules)
+    return next((state for state in states if state is not None), None)
 
 
 def _remember(pipe: Any, state: Offloading) -> None:
     if hasattr(pipe, "__dict__"):
         object.__setattr__(pipe, _STATE, state)
     else:
-        _states[id(pipe)] = state
+        for module in components_of(pipe).values():
+            _states.setdefault(module, {})[id(pipe)] = state
 
 
 def _forget(pipe: Any) -> None:
     if hasattr(pipe, "__dict__"):
         pipe.__dict__.pop(_STATE, None)
     else:
-        _states.pop(id(pipe), None)
-
-
-def components_of(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's modules by name.
-
-    Raises:
-        UsageError: there are none.
-    """
-    if isinstance(pipe, Mapping):
-        named: Mapping[str, Any] = pipe
-    elif isinstance(getattr(pipe, "components", None), Mapping):
-        named = pipe.components
-    elif dataclasses.is_dataclass(pipe):
-        named = {f.name: getattr(pipe, f.name) for f in dataclasses.fields(pipe)}
-    elif isinstance(pipe, nn.Module):
-        named = dict(pipe.named_children())
-    else:
-        named = vars(pipe)
-    modules = {name: part for name, part in named.items() if isinstance(part, nn.Module)}
-    if not modules:
-        raise UsageError(
-            f"{type(pipe).__name__} has no torch modules to offload: a pipeline is a mapping of "
-            "names to modules, or an object with modules as attributes or in `components`"
-        )
-    return modules
-
-
-def _unique(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Each module once, under its first name."""
-    seen: set[int] = set()
-    return {n: m for n, m in modules.items() if not (id(m) in seen or seen.add(id(m)))}  # type: ignore[func-returns-value]
-
-
-def _sequence(
-    pipe: Any,
-    given: str | Iterable[str] | None,
-    modules: Mapping[str, nn.Module],
-    before: Offloading | None,
-) -> tuple[str, ...]:
-    if given is None and before is not None:
-        return before.sequence
-    wanted = given if given is not None else getattr(pipe, "model_cpu_offload_seq", None)
-    if wanted is None and _diffusers.places_itself(pipe):
-        wanted = tuple(modules)
-    if wanted is None:
-        raise UsageError(
-            f"{type(pipe).__name__} does not say in which order its components run: set its "
-            "class attribute model_cpu_offload_seq, or pass sequence='"
-            + "->".join(modules)
-            + "' (in the right order)"
-        )
-    names = [n.strip() for n in wanted.split("->")] if isinstance(wanted, str) else list(wanted)
-    known = {*modules, *_diffusers.component_names(pipe)}
-    for name in names:
-        if name and name not in known:
-            close = difflib.get_close_matches(name, known, n=1) or [n for n in known if n in name]
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            warnings.warn(
-                f"model_cpu_offload_seq of {type(pipe).__name__} names {name!r}, which is no "
-                f"component of it{hint}. The name is skipped.",
-                stacklevel=4,
-            )
-    return tuple(dict.fromkeys(name for name in names if name in modules))
+        for module in components_of(pipe).values():
+            _states.get(module, {}).pop(id(pipe), None)
 
 
 def _refuse_meta(modules: Mapping[str, nn.Module]) -> None:
     for name, module in modules.items():
         for held in walk(module):
-            if held.tensor.is_meta:
+            # Weights that another hook of accelerate's holds (sequential offloading) come back when
+            # that hook is removed.
+            reason = why_valueless(held.tensor)
+            if reason is not None and (hook_of(held.owner) or not hasattr(held.owner, "_hf_hook")):
                 raise WeightsError(
-                    f"{name}: {held.path} is on the meta device: it has a shape, but no values. "
+                    f"{name}: {held.path} {reason}. "
                     "Load the component's weights, then enable offloading"
                 )
 
@@ -331,8 +326,32 @@ def _target(gpu_id: int | None, device: Any, before: Offloading | None) -> torch
             f"gpu_id={gpu_id} and device={str(device)!r} both give an index; pass one of them, or "
             f"device={found.type!r}"
         )
+    if gpu_id is not None and gpu_id < 0:
+        raise UsageError(f"gpu_id={gpu_id} is no device's index: they count from 0")
+    if _device_count(found) == 0:
+        raise NoAcceleratorError(
+            f"device={str(device)!r} was asked for, and torch finds no such device here. Leave "
+            "`device` out to have the accelerator found that there is"
+        )
     index = gpu_id if gpu_id is not None else found.index if found.index is not None else 0
     return torch.device(found.type, index)
+
+
+def _device_count(device: torch.device) -> int:
+    """How many devices of this one's type the machine has."""
+    try:
+        module = torch.get_device_module(device)
+    except RuntimeError:  # no device at all: "meta"
+        return 0
+    return int(module.device_count()) if hasattr(module, "device_count") else 1
+
+
+def _is_present(device: torch.device) -> bool:
+    return device.index < _device_count(device)
+
+
+def _absence(device: torch.device) -> str:
+    return f"There is no device {device}: torch finds {_device_count(device)} of type {device.type}"
 
 
 def _require_accelerate() -> None:
@@ -367,8 +386,13 @@ def _watch_calls(cls: type) -> None:
         state = state_of(self)
         if state is None:
             return original(self, *args, **kwargs)
+        if not _is_present(state.engine.device):
+            raise NoAcceleratorError(
+                f"{_absence(state.engine.device)}. Enable offloading with another gpu_id"
+            )
         with state.engine.call():
-            state.refresh()
+            if state_of(self) is state:  # else it was disabled while this thread waited
+                state.refresh(self)
             return original(self, *args, **kwargs)
 
     __call__._greenroom_watches = True  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ from .errors import UsageError
 #: The card that is simulated if none is named.
 DEFAULT_PROFILE = "rtx-4060-laptop"
 
-_MIB = 2**20
+_STEP = 2**16  # of capacities that are computed
 
 
 @dataclass
@@ -135,44 +135,42 @@ def find_place(
         capacity: its device memory, ``"8GiB"``; else the card's.
 
     Raises:
-        UsageError, ValueError: there is no such device, card or capacity, or they contradict.
+        UsageError: there is no such device, card or capacity, or they contradict.
         RuntimeError: the simulator could not be compiled (SimulatorBuildError) or registered.
     """
-    if device is None and profile is None:
-        found = torch.accelerator.current_accelerator(check_available=True) or torch.device("sim")
-    else:
-        found = _parse(device or "sim")
-    if found.type == "sim":
-        place = Place(
-            torch.device("sim", found.index or 0),
-            profile or DEFAULT_PROFILE,
-            None if capacity is None else parse_bytes(capacity),
-        )
-        place.prepare()
-        return place
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if device is None:
+        device = here.type if profile is None and here is not None else "sim"
+    if device.partition(":")[0] == "sim":
+        return _simulated(device, profile or DEFAULT_PROFILE, capacity)
+    found = _parse(device)
     if profile is not None or capacity is not None:
         asked = f"--simulate {profile}" if profile is not None else f"--capacity {capacity}"
         raise UsageError(f"{asked} is for the simulated device, and the device is {found}")
-    module: Any = torch.get_device_module(found) if found.type in _MODULES else None
-    if module is None or not module.is_available() or (found.index or 0) >= module.device_count():
-        raise UsageError(f"there is no device {str(found)!r} here. There are: {_devices()}")
-    return torch_place(found)
+    index = found.index or 0
+    if here is None or here.type != found.type or index >= torch.accelerator.device_count():
+        raise UsageError(f"there is no accelerator {device!r} here. There are: {_devices()}")
+    return Place(torch.device(found.type, index))
 
 
-def torch_place(device: torch.device) -> Place:
-    """A real device, by its index."""
-    return Place(torch.device(device.type, device.index or 0))
+def _simulated(device: str, profile: str, capacity: str | None) -> Place:
+    from . import sim  # noqa: F401  (only with it is "sim" a device)
 
-
-#: What torch may call an accelerator; others ("cpu", "meta") are no place to offload to.
-_MODULES = ("cuda", "xpu", "mps", "npu", "hpu", "mtia", torch._C._get_privateuse1_backend_name())
+    index = _parse(device).index or 0
+    try:
+        room = None if capacity is None else parse_bytes(capacity)
+        place = Place(torch.device("sim", index), profile, room)
+        place.prepare()
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return place
 
 
 def _parse(name: str) -> torch.device:
     try:
         return torch.device(name)
     except RuntimeError:
-        raise UsageError(f"there is no device {name!r}. There are: {_devices()}") from None
+        raise UsageError(f"there is no accelerator {name!r}. There are: {_devices()}") from None
 
 
 def _devices() -> str:
@@ -187,17 +185,17 @@ def capacities(sizes: Mapping[str, int], most: int) -> Iterator[int]:
 
     The first has room for the largest component and for half of the others' bytes, which is left
     to activations; nobody knows how much those need before they have run, so each further one
-    doubles that room. The last is at least `most`.
+    has four times that room. The last is at least `most`.
 
     Args:
         sizes: the components' bytes by name.
         most: what a real card has.
     """
     largest, whole = max(sizes.values()), sum(sizes.values())
-    room = max((whole - largest) // 2, _MIB)
+    room = max((whole - largest) // 2, _STEP)
     while True:
-        capacity = -(-(largest + room) // _MIB) * _MIB
+        capacity = -(-(largest + room) // _STEP) * _STEP
         yield capacity
         if capacity >= max(most, whole):
             return
-        room *= 2
+        room *= 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -57,6 +57,13 @@ def refuse_conflicts(pipe: Any, modules: Mapping[str, nn.Module]) -> None:
             else [registry]
         )
         hooks = [hook for r in inner if r is not None for hook in getattr(r, "hooks", {})]
+        parallel = getattr(module, "_parallel_config", None)
+        if getattr(parallel, "tensor_parallel_config", None) is not None:
+            raise UsageError(
+                f"{name} is sharded with tensor parallelism, which keeps a shard of each weight on "
+                "each device: its weights cannot wait in host memory. Load it without, or leave "
+                "model offloading off"
+            )
         if "group_offloading" in hooks:
             raise UsageError(
                 f"{name} is group-offloaded, which places its weights by itself: build the "
@@ -64,40 +71,44 @@ def refuse_conflicts(pipe: Any, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def strip_foreign_hooks(modules: Iterable[nn.Module]) -> None:
+def strip_foreign_hooks(module: nn.Module) -> None:
     """Remove what accelerate has hooked before us (its own offloading), as diffusers does."""
     from accelerate.hooks import remove_hook_from_module
 
-    from ..hooks import OffloadHook
-
-    for module in modules:
-        hook = getattr(module, "_hf_hook", None)
-        if hook is not None and not isinstance(hook, OffloadHook):
-            remove_hook_from_module(module, recurse=True)
+    if hasattr(module, "_hf_hook"):
+        remove_hook_from_module(module, recurse=True)
 
 
-def bind(pipe: Any, state: Offloading) -> None:
+_BOUND = (
+    "enable_model_cpu_offload",
+    "disable_model_cpu_offload",
+    "maybe_free_model_hooks",
+    "remove_all_hooks",
+)
+
+
+def bind(pipe: Any) -> None:
     """Let the pipeline's own methods come to us: loaders call them to turn offloading on again."""
     if not is_pipeline(pipe):
         return
     from ..pipeline import disable_model_cpu_offload, enable_model_cpu_offload
 
-    pipe.enable_model_cpu_offload = functools.partial(enable_model_cpu_offload, pipe)
-    pipe.disable_model_cpu_offload = functools.partial(disable_model_cpu_offload, pipe)
-    pipe.maybe_free_model_hooks = functools.partial(free_model_hooks, pipe)
+    ours = (
+        enable_model_cpu_offload,
+        disable_model_cpu_offload,
+        free_model_hooks,
+        remove_all_hooks,
+    )
+    for name, function in zip(_BOUND, ours, strict=True):
+        setattr(pipe, name, functools.partial(function, pipe))
+    _watch_shared_components()
+    _watch_device(type(pipe))
 
 
 def unbind(pipe: Any) -> None:
     """Undo `bind` and `publish`."""
-    for name in (
-        "enable_model_cpu_offload",
-        "disable_model_cpu_offload",
-        "maybe_free_model_hooks",
-        "_all_hooks",
-        "_offload_gpu_id",
-        "_offload_device",
-    ):
-        if is_pipeline(pipe):
+    if is_pipeline(pipe):
+        for name in (*_BOUND, "_all_hooks", "_offload_gpu_id", "_offload_device"):
             pipe.__dict__.pop(name, None)
 
 
@@ -107,38 +118,85 @@ def publish(pipe: Any, state: Offloading) -> None:
         return
     from accelerate.hooks import UserCpuOffloadHook
 
-    from ..hooks import OffloadHook
+    from ..pipeline import hook_of
 
     pipe._offload_device = state.engine.device
     pipe._offload_gpu_id = state.engine.device.index
+    names = dict.fromkeys([*state.order.names, *pipe.components])
     pipe._all_hooks = [
         UserCpuOffloadHook(module, module._hf_hook)
-        for module in pipe.components.values()
-        if isinstance(module, nn.Module)
-        and isinstance(getattr(module, "_hf_hook", None), OffloadHook)
+        for name in names
+        if hook_of(module := pipe.components.get(name)) is not None
     ]
+
+
+def remove_all_hooks(pipe: Any) -> None:
+    """What diffusers' method does: from here on the pipeline is not offloaded any more.
+
+    Sequential offloading calls it, and diffusers' own model offloading, before they hook anew.
+    """
+    from ..pipeline import disable_model_cpu_offload
+
+    disable_model_cpu_offload(pipe)
+    type(pipe).remove_all_hooks(pipe)
 
 
 def free_model_hooks(pipe: Any) -> None:
     """What `maybe_free_model_hooks` does after a call: stateful caches reset, everybody home."""
-    from ..pipeline import state_of
-
     for component in pipe.components.values():
         if hasattr(component, "_reset_stateful_cache"):
             component._reset_stateful_cache()
-    state = state_of(pipe)
-    if state is not None:
-        state.engine.end_call()
+    _end_calls(pipe)
+
+
+# ---- what has to be seen though nobody calls us: both do nothing where we are not at work
+
+
+def _watch_shared_components() -> None:
+    """Let pipelines that were never enabled, but share offloaded components, end at home too."""
+    from diffusers import DiffusionPipeline
+
+    original = DiffusionPipeline.maybe_free_model_hooks
+    if getattr(original, "_greenroom_watches", False):
         return
-    # A pipeline made from another one's components has their hooks, but was never enabled itself.
-    for engine in {
-        hook.engine for c in pipe.components.values() if (hook := _our_hook(c)) is not None
-    }:
+
+    @functools.wraps(original)
+    def maybe_free_model_hooks(self: Any) -> None:
+        original(self)
+        _end_calls(self)
+
+    maybe_free_model_hooks._greenroom_watches = True  # type: ignore[attr-defined]
+    DiffusionPipeline.maybe_free_model_hooks = maybe_free_model_hooks
+
+
+def _end_calls(pipe: Any) -> None:
+    from ..pipeline import hook_of
+
+    hooks = [hook for c in pipe.components.values() if (hook := hook_of(c)) is not None]
+    for engine in {hook.engine for hook in hooks}:
         engine.end_call()
 
 
-def _our_hook(component: Any) -> Any:
-    from ..hooks import OffloadHook
+def _watch_device(cls: type) -> None:
+    """Let `_execution_device` be the device, whatever was swapped in or registered since.
 
-    hook = getattr(component, "_hf_hook", None)
-    return hook if isinstance(hook, OffloadHook) else None
+    diffusers reads it off the hooks, and a component without one makes it the cpu. Every method of
+    a pipeline asks for it before it uses a component: that is where such a component is taken in.
+    """
+    from ..pipeline import state_of
+
+    found = getattr(cls, "_execution_device", None)
+    if not isinstance(found, property) or getattr(found.fget, "_greenroom_watches", False):
+        return
+    original: Any = found.fget
+
+    @functools.wraps(original)
+    def _execution_device(self: Any) -> Any:
+        state = state_of(self)
+        if state is None:
+            return original(self)
+        state.take_in(self)
+        return state.engine.device
+
+    _execution_device._greenroom_watches = True  # type: ignore[attr-defined]
+    setattr(cls, "_execution_device", property(_execution_device))  # noqa: B010

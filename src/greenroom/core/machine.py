@@ -12,8 +12,8 @@ legal in the present state raises `IllegalEvent` and changes nothing.
 The policy without a budget
 ---------------------------
 Only the component now at work is on the device: one that is needed sends the others home first, but
-never one whose forward is running (it may have called the other). Two exceptions keep weights from
-going back and forth:
+never one whose forward is running (it may have called the other), in whatever thread, and never one
+that shares a weight with such a one. Two exceptions keep weights from going back and forth:
 
 - A component outside the pipeline's sequence (a ControlNet) is called in turn with the component of
 the
@@ -45,10 +45,14 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Needed:
-    """A component is about to run. With `enters` it is at work until `Left` says otherwise."""
+    """A component is about to run. With `enters` it is at work until `Left` says otherwise.
+
+    `thread`: who runs it.
+    """
 
     name: str
     enters: bool = False
+    thread: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,17 @@ class Left:
     """A component's forward has returned."""
 
     name: str
+    thread: int = 0
 
 
 @dataclass(frozen=True)
 class CallEnded:
-    """The pipeline's call is over, well or badly: everybody goes home."""
+    """The pipeline's call is over, well or badly: everybody goes home.
+
+    Except who is at work in another thread.
+    """
+
+    thread: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +137,8 @@ TABLE: dict[tuple[State, type], tuple[State, type | None]] = {
 class _Entry:
     state: State
     in_sequence: bool
-    depth: int = 0  # forwards that are running
+    depth: Counter[int] = field(default_factory=Counter)  # forwards that are running, by thread
+    kin: set[str] = field(default_factory=set)  # who shares weights with it
     story: list[str] = field(default_factory=list)  # its last transitions, for error messages
 
 
@@ -149,9 +160,16 @@ class Machine:
         if name not in self._entries:
             self._entries[name] = _Entry(State.KEPT if kept else State.HOME, in_sequence)
 
+    def make_kin(self, name: str, other: str) -> None:
+        """Two components share weights."""
+        self._entries[name].kin.add(other)
+        self._entries[other].kin.add(name)
+
     def remove(self, name: str) -> None:
         """Forget a component, wherever it is."""
         self._entries.pop(name, None)
+        for entry in self._entries.values():
+            entry.kin.discard(name)
         self._driven_out_by.pop(name, None)
         self._companions = {pair for pair in self._companions if name not in pair}
         if self._at_work == name:
@@ -164,6 +182,32 @@ class Machine:
     def names(self, *states: State) -> list[str]:
         """The components in any of `states`, in the order they were added; all without argument."""
         return [n for n, entry in self._entries.items() if not states or entry.state in states]
+
+    def is_busy(self, name: str, *, but: int | None = None) -> bool:
+        """Whether the component, or one that shares weights with it, is at work.
+
+        In any thread but one, if that is given.
+        """
+        entries = [self._entries[n] for n in (name, *self._entries[name].kin)]
+        return any(n for e in entries for thread, n in e.depth.items() if thread != but)
+
+    def forget_threads_but(self, alive: frozenset[int]) -> None:
+        """Nobody is at work in other threads than these."""
+        for entry in self._entries.values():
+            for thread in entry.depth.keys() - alive:
+                del entry.depth[thread]
+
+    def is_resident(self, name: str) -> bool:
+        """Whether the component is on the device."""
+        return name in self._entries and self._entries[name].state is State.RESIDENT
+
+    def went_home(self, name: str) -> None:
+        """A component was sent home by somebody else's decision."""
+        entry = self._entries[name]
+        entry.state = State.HOME
+        entry.depth.clear()
+        if self._at_work == name:
+            self._at_work = None
 
     @property
     def companions(self) -> frozenset[frozenset[str]]:
@@ -182,15 +226,16 @@ class Machine:
             return self._needed(event)
         if isinstance(event, Left):
             if (entry := self._entries.get(event.name)) is not None:
-                entry.depth = max(0, entry.depth - 1)
+                entry.depth[event.thread] = max(0, entry.depth[event.thread] - 1)
             return ()
         if isinstance(event, CallEnded):
             for entry in self._entries.values():
-                entry.depth = 0  # a forward that raised has not said that it left
+                entry.depth.pop(event.thread, None)  # a forward that raised has not said Left
             self._driven_out_by.clear()
             self._swaps.clear()
             self._at_work = None
-            return self._release(self.names(State.RESIDENT), event)
+            idle = [name for name in self.names(State.RESIDENT) if not self.is_busy(name)]
+            return self._release(idle, event)
         self._move(event.name, type(event), event)
         return ()
 
@@ -200,7 +245,7 @@ class Machine:
             raise IllegalEvent(f"{name!r} is needed, but no such component was ever added")
         entry = self._entries[name]
         if entry.state in (State.KEPT, State.RESIDENT):
-            entry.depth += event.enters
+            entry.depth[event.thread] += event.enters
             if entry.in_sequence:
                 self._at_work = name
             return ()
@@ -214,13 +259,13 @@ class Machine:
             self._driven_out_by[other] = name
             self._swaps[frozenset((name, other))] += 1
         instructions = self._release(leaving, event) + self._move(name, Needed, event)
-        entry.depth += event.enters
+        entry.depth[event.thread] += event.enters
         return instructions
 
     def _stays(self, other: str, name: str) -> bool:
         """Whether `other` stays on the device when `name` starts to work."""
         there = self._entries[other]
-        if there.depth > 0 or frozenset((other, name)) in self._companions:
+        if self.is_busy(other) or frozenset((other, name)) in self._companions:
             return True
         # What is outside the sequence helps the component of the sequence that runs next: it stays
         # until the sequence moves on. Helpers do not drive each other out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ class Backend:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.transfer = Transfer(device)
+        # By the id of a tensor on the device: whose it is. A component that is dropped while it is
+        # there goes, and its entries with it.
+        self.resident: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
         self._module: Any = torch.get_device_module(device)
 
     def empty_cache(self) -> None:

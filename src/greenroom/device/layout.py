@@ -28,6 +28,7 @@ class Piece:
     origin: Origin
     start: int  # in the storage of its origin
     nbytes: int
+    lead: int  # bytes to leave before it, so that everything in it is aligned
     offset: int = 0
 
 
@@ -47,7 +48,7 @@ class Segment:
 class Home:
     """Where a tensor's master lies."""
 
-    tensor: weakref.ref[torch.Tensor]
+    tensor: torch.Tensor
     master: torch.Tensor
     segment: Segment
     piece: Piece
@@ -70,7 +71,7 @@ class Layout:
         homes = {}
         for tensor in tensors:
             piece = pieces[bisect.bisect_right(begins, tensor.data_ptr()) - 1]
-            homes[id(tensor)] = Home(weakref.ref(tensor), tensor.data, segment_of[id(piece)], piece)
+            homes[id(tensor)] = Home(tensor, tensor.data, segment_of[id(piece)], piece)
         return cls(segments, homes)
 
     def renewed(self, tensors: list[torch.Tensor]) -> Layout:
@@ -81,7 +82,7 @@ class Layout:
             tensor = now.get(key)
             if (
                 tensor is None
-                or tensor is not home.tensor()
+                or tensor is not home.tensor
                 or not is_same_place(tensor, home.master)
             ):
                 stays.pop(id(home.segment), None)
@@ -102,7 +103,7 @@ class Layout:
             start = piece.host.data_ptr()
             if begin < start or end > start + piece.nbytes:  # it outgrows what is there
                 return Layout.of(tensors)
-            homes[id(tensor)] = Home(weakref.ref(tensor), tensor.data, segment, piece)
+            homes[id(tensor)] = Home(tensor, tensor.data, segment, piece)
         fresh = Layout.of(added)
         for key, home in fresh.homes.items():
             before = self.homes.get(key)
@@ -114,7 +115,7 @@ class Layout:
         """Whether these tensors are the ones laid out here, each using its master."""
         return len(tensors) == len(self.homes) and all(
             (home := self.homes.get(id(tensor))) is not None
-            and home.tensor() is tensor
+            and home.tensor is tensor
             and is_same_place(tensor, home.master)
             for tensor in tensors
         )
@@ -143,8 +144,8 @@ class Layout:
                 continue
             start = home.master.data_ptr() - home.piece.host.data_ptr()
             moved[key] = view_of(target, start, home.master)
-            tensor = home.tensor()
-            if tensor is not None and is_same_place(tensor, home.master):
+            tensor = home.tensor
+            if is_same_place(tensor, home.master):
                 tensor.data = moved[key]
             self.homes[key] = Home(home.tensor, moved[key], home.segment, home.piece)
         for segment in self.segments:
@@ -168,6 +169,11 @@ def extent_of(tensor: torch.Tensor) -> int:
 def view_of(slab: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
     """`like`'s shape, strides and dtype over the bytes of `slab` from `start` on."""
     flat = slab[start : start + extent_of(like)].view(like.dtype)
+    if like.is_inference():  # a tensor made in inference mode takes the place of no other kind
+        with torch.inference_mode():
+            return torch.empty(0, dtype=like.dtype, device=slab.device).set_(
+                flat.untyped_storage(), flat.storage_offset(), like.shape, like.stride()
+            )
     return flat.as_strided(like.shape, like.stride(), flat.storage_offset())
 
 
@@ -197,14 +203,17 @@ def _pieces(tensors: list[torch.Tensor]) -> list[Piece]:
     i = 0
     while i < len(spans):
         begin, end, which = spans[i]
+        # What else is in it may begin at an address that the first one's dtype would not.
+        is_odd = False
         while i + 1 < len(spans) and spans[i + 1][0] < end:
             i += 1
             end = max(end, spans[i][1])
+            is_odd |= (spans[i][0] - begin) % tensors[spans[i][2]].element_size() != 0
         storage = tensors[which].data.untyped_storage()
         start = begin - storage.data_ptr()
         host = torch.empty(0, dtype=torch.uint8).set_(storage, start, (end - begin,), (1,))
         origin = origins.setdefault(storage.data_ptr(), Origin())
-        pieces.append(Piece(host, origin, start, end - begin))
+        pieces.append(Piece(host, origin, start, end - begin, begin % 16 if is_odd else 0))
         i += 1
     return pieces
 
@@ -213,11 +222,11 @@ def _segments(pieces: list[Piece]) -> list[Segment]:
     """Group pieces, in address order, into segments of about SEGMENT_BYTES."""
     groups: list[tuple[list[Piece], int]] = []
     for piece in pieces:
-        room = -(-piece.nbytes // ALIGNMENT) * ALIGNMENT
+        room = -(-(piece.lead + piece.nbytes) // ALIGNMENT) * ALIGNMENT
         if not groups or groups[-1][1] + room > SEGMENT_BYTES:
             groups.append(([], 0))
         members, used = groups[-1]
-        piece.offset = used
+        piece.offset = used + piece.lead
         members.append(piece)
         groups[-1] = (members, used + room)
     return [Segment(members, used) for members, used in groups]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,8 @@ from ..errors import WeightsError
 from .backend import Backend
 from .digest import differing, digest_of, has_same_values
 from .layout import Layout, Origin, Piece, Segment, is_same_kind, is_same_place, view_of
-from .walk import Held, is_plain, walk
+from .opaque import Opaque, as_memory
+from .walk import Held, is_plain, version_of, walk, why_valueless
 
 
 @dataclass(eq=False)
@@ -41,14 +42,15 @@ class Resident:
 class WeightStore:
     """The tensors of some modules, at home or on one device."""
 
-    def __init__(self, modules: list[nn.Module], name: str, backend: Backend) -> None:
+    def __init__(self, modules: Sequence[nn.Module], name: str, backend: Backend) -> None:
         self.modules = modules
         self.name = name
         self.backend = backend
         self._layout = Layout([], {})
         self._earlier: Layout | None = None  # before the last change of dtype
         self._residents: list[Resident] = []
-        self._opaque: list[torch.Tensor] = []
+        self._opaque: list[Held] = []
+        self._away: list[Opaque] = []
 
     # ---- layout
 
@@ -68,18 +70,21 @@ class WeightStore:
         Raises:
             WeightsError: a tensor has no values; nothing has been touched.
         """
-        tensors: dict[int, torch.Tensor] = {}
+        held_of: dict[int, Held] = {}
         for held in self._held():
-            tensors.setdefault(id(held.tensor), held.tensor)
-            if held.tensor.is_meta:
+            held_of.setdefault(id(held.tensor), held)
+            reason = why_valueless(held.tensor)
+            if reason is not None:
                 raise WeightsError(
-                    f"{self.name}: {held.path} is on the meta device: it has a shape, but no "
-                    "values. Load the component's weights before it runs."
+                    f"{self.name}: {held.path} {reason}. Load the component's weights before it "
+                    "runs."
                 )
-        self._opaque = [t for t in tensors.values() if not is_plain(t)]
-        movable = [
-            t for t in tensors.values() if is_plain(t) and t.device.type == "cpu" and t.numel() > 0
-        ]
+        self._opaque = [held for held in held_of.values() if not is_plain(held.tensor)]
+        movable = [held.tensor for held in held_of.values() if is_plain(held.tensor)]
+        for tensor in movable:
+            if tensor.device.type != "cpu" and tensor.device != self.backend.device:
+                tensor.data = tensor.data.to("cpu")  # somebody put it on another device
+        movable = [tensor for tensor in movable if tensor.device.type == "cpu"]
         self._take_in_replaced(movable)
         if not self._layout.fits(movable):
             if self._layout.has_in_other_dtypes(movable):
@@ -113,7 +118,7 @@ class WeightStore:
             torch.OutOfMemoryError, RuntimeError: the device refused. Nothing of the component is on
                 the device then, and the module is as it was.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with as_memory():
             tensors = self.lay_out()
             transfer = self.backend.transfer
             try:
@@ -125,6 +130,11 @@ class WeightStore:
                 for segment in self.segments:
                     self._send(segment)
                 moved = [self._on_device(tensor) for tensor in tensors]
+                away = [
+                    Opaque(held, self.backend.device)
+                    for held in self._opaque
+                    if held.tensor.device.type == "cpu"
+                ]
             except BaseException:
                 transfer.abandon()
                 for segment in self.segments:
@@ -135,10 +145,12 @@ class WeightStore:
                 tensor.data = copy
                 segment = self._layout.homes[id(tensor)].segment
                 self._residents.append(
-                    Resident(tensor, master, tensor.data, tensor._version, segment)
+                    Resident(tensor, master, tensor.data, version_of(tensor), segment)
                 )
-            for tensor in self._opaque:
-                self._move_opaque(tensor, self.backend.device)
+                self.backend.resident[id(tensor)] = self
+            for opaque in away:
+                opaque.enter()
+            self._away = away
 
     def _send(self, segment: Segment) -> None:
         assert segment.device is not None
@@ -167,7 +179,7 @@ class WeightStore:
             How many bytes had to be copied home.
         """
         copied = 0
-        with torch.inference_mode(False), torch.no_grad():
+        with as_memory():
             residents = {id(resident.tensor): resident for resident in self._residents}
             for segment in self._changed_segments():
                 copied += segment.nbytes
@@ -181,7 +193,7 @@ class WeightStore:
                 resident = residents.get(id(tensor))
                 if resident is not None and is_same_place(tensor, resident.moved):
                     tensor.data = resident.master
-                elif is_plain(tensor) and tensor.device.type != "cpu":
+                elif is_plain(tensor) and tensor.device.type != "cpu" and self._may_take(tensor):
                     copied += self._adopt(tensor, resident)
             for resident in self._residents:
                 # Tensors that the module no longer holds, but somebody else may: they are ours to
@@ -190,8 +202,10 @@ class WeightStore:
                     resident.tensor, resident.moved
                 ):
                     resident.tensor.data = resident.master
-            for tensor in self._opaque:
-                self._move_opaque(tensor, torch.device("cpu"))
+                self.backend.resident.pop(id(resident.tensor), None)
+            for opaque in self._away:
+                copied += opaque.leave()
+            self._away = []
             self._residents.clear()
             for segment in self.segments:
                 segment.device = segment.digest = None
@@ -203,16 +217,9 @@ class WeightStore:
         """A component that was cast for its work, and back, is laid out as before it."""
         earlier, self._earlier = self._earlier, None
         if earlier is not None:
-            tensors = [t for home in earlier.homes.values() if (t := home.tensor()) is not None]
+            tensors = [home.tensor for home in earlier.homes.values()]
             if earlier.fits(tensors):
                 self._layout = earlier
-
-    def _move_opaque(self, tensor: torch.Tensor, device: torch.device) -> None:
-        """Move a tensor that only its library knows how to move; the object stays the same."""
-        for held in self._held():
-            if held.tensor is tensor and tensor.device.type != device.type:
-                _replace(held, device)
-                return
 
     def _changed_segments(self) -> list[Segment]:
         there = [s for s in self.segments if s.device is not None and s.digest is not None]
@@ -221,7 +228,7 @@ class WeightStore:
         changed = {
             id(r.segment)
             for r in self._residents
-            if r.tensor._version != r.version and is_same_place(r.tensor, r.moved)
+            if version_of(r.tensor) != r.version and is_same_place(r.tensor, r.moved)
         }
         changed |= {
             id(s) for s, differs in zip(there, differing(before, after), strict=True) if differs
@@ -232,6 +239,10 @@ class WeightStore:
         assert segment.device is not None
         for piece in segment.pieces:
             piece.host.copy_(segment.device[piece.offset : piece.offset + piece.nbytes])
+
+    def _may_take(self, tensor: torch.Tensor) -> bool:
+        """Whether no other component brought it here, which shares it and may be at work."""
+        return self.backend.resident.get(id(tensor), self) is self
 
     def _adopt(self, tensor: torch.Tensor, resident: Resident | None) -> int:
         """A tensor that was put on the device by somebody else: its values become the master's.
@@ -266,7 +277,7 @@ class WeightStore:
         The tensors' old host memory is let go, so that host memory does not grow by more than a
         segment.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with as_memory():
             slab = torch.empty(segment.nbytes, dtype=torch.uint8)
             self._rehouse({id(p): slab[p.offset : p.offset + p.nbytes] for p in segment.pieces})
             segment.slab = slab
@@ -276,7 +287,7 @@ class WeightStore:
 
     def unsettle(self) -> None:
         """Give the tensors storages of their own again, as they had before; slabs are let go."""
-        with torch.inference_mode(False), torch.no_grad():
+        with as_memory():
             for segment in self.segments:
                 if segment.slab is None:
                     continue
@@ -305,10 +316,3 @@ class WeightStore:
         moved = self._layout.move(targets)
         for resident in self._residents:
             resident.master = moved.get(id(resident.tensor), resident.master)
-
-
-def _replace(held: Held, device: torch.device) -> None:
-    moved = held.tensor.to(device)
-    if isinstance(held.tensor, nn.Parameter) and not isinstance(moved, nn.Parameter):
-        moved = nn.Parameter(moved, requires_grad=held.tensor.requires_grad)
-    torch.utils.swap_tensors(held.tensor, moved)

@@ -15,20 +15,14 @@ from typing import Any
 
 import torch
 
+from ..cache import cache_dir
+
 _SOURCES = Path(__file__).parent / "csrc"
 _NAME = "greenroom_sim_native"
 
 
 class SimulatorBuildError(RuntimeError):
     """The simulator could not be compiled on this machine; the text says what to install."""
-
-
-def cache_dir() -> Path:
-    """Where compiled simulators are kept: ``$GREENROOM_CACHE``, else the user's cache folder."""
-    if chosen := os.environ.get("GREENROOM_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "greenroom"
 
 
 def load_native() -> Any:

@@ -1,0 +1,140 @@
+"""One question put to one pipeline in several ways, each measured, all compared to the bit."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from .answer import Answer
+from .errors import UsageError
+from .pipeline import enable_model_cpu_offload
+from .place import Place
+from .question import Question
+
+#: Makes a pipeline in host memory run on a device in some way.
+Way = Callable[[Any, torch.device], Any]
+
+GREENROOM = "greenroom"
+MODEL_OFFLOAD = "model offload"
+
+
+def _diffusers(pipe: Any, device: torch.device) -> None:
+    try:
+        pipe.enable_model_cpu_offload(device=device)
+    except ValueError as error:
+        raise UsageError(f"diffusers does not offload this pipeline: {error}") from error
+
+
+def _greenroom(pipe: Any, device: torch.device) -> None:
+    enable_model_cpu_offload(pipe, device=device)
+
+
+#: The method that greenroom stands in for, and greenroom.
+TWO_WAYS: Mapping[str, Way] = {MODEL_OFFLOAD: _diffusers, GREENROOM: _greenroom}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way of running the pipeline cost. What a device does not tell is None.
+
+    enable_seconds: what turning it on took, loading onto the device or page-locking included.
+    call_seconds: of each call, in order.
+    peak_bytes: the most device memory in use during any of the calls.
+    h2d_bytes, d2h_bytes: what the last call moved to the device and to the host.
+    races: found while enabling and during all calls.
+    same_output: all its answers are those of the first way that fits, to the bit; None where there
+        is nothing to compare.
+    """
+
+    way: str
+    fits: bool
+    enable_seconds: float | None = None
+    call_seconds: tuple[float, ...] = ()
+    peak_bytes: int | None = None
+    h2d_bytes: int | None = None
+    d2h_bytes: int | None = None
+    races: int | None = None
+    same_output: bool | None = None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing speaks against what it answered. That it does not fit does not."""
+        return not self.races and self.same_output is not False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain values."""
+        return asdict(self)
+
+
+def compare(
+    ways: Mapping[str, Way],
+    load: Callable[[], Any],
+    question: Question,
+    place: Place,
+    *,
+    calls: int | Mapping[str, int] = 1,
+) -> Iterator[tuple[Row, Answer | None]]:
+    """Put the question in each way, to a pipeline of its own; rows come with the last answer.
+
+    A way whose weights or activations do not fit into the device's memory gets no answer.
+
+    Args:
+        ways: by name, in order.
+        load: makes the pipeline, in host memory.
+        question: what is asked.
+        place: where.
+        calls: how often each pipeline is asked; or by the ways' names, once where one is missing.
+    """
+    reference: Answer | None = None
+    for name, enable in ways.items():
+        place.prepare()
+        times = calls if isinstance(calls, int) else calls.get(name, 1)
+        try:
+            row, answers = _measure(name, enable, load(), question, place, times)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            row, answers = Row(name, fits=False), []
+        gc.collect()  # a pipeline and its hooks hold each other
+        if answers:
+            is_first, reference = reference is None, reference or answers[0]
+            is_same = all(answer.is_same(reference) for answer in answers)
+            if not (is_first and is_same):  # of the first, that it is itself says nothing
+                row = replace(row, same_output=is_same)
+        yield row, answers[-1] if answers else None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device had too little memory; not every backend has a class of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    )
+
+
+def _measure(
+    name: str, enable: Way, pipe: Any, question: Question, place: Place, times: int
+) -> tuple[Row, list[Answer]]:
+    with place.measure() as enabling:
+        enable(pipe, place.device)
+    answers, costs = [], []
+    for _ in range(times):
+        with place.measure() as cost:
+            answers.append(question.put_to(pipe))
+        costs.append(cost)
+    races = [cost.races for cost in (enabling, *costs) if cost.races is not None]
+    peaks = [cost.peak_bytes for cost in costs if cost.peak_bytes is not None]
+    row = Row(
+        name,
+        fits=True,
+        enable_seconds=enabling.seconds,
+        call_seconds=tuple(cost.seconds for cost in costs),
+        peak_bytes=max(peaks, default=None),
+        h2d_bytes=costs[-1].h2d_bytes,
+        d2h_bytes=costs[-1].d2h_bytes,
+        races=sum(races) if races else None,
+    )
+    return row, answers

@@ -1,0 +1,298 @@
+"""What the commands `run` and `demo` do: a prompt, answered in several ways, and a report."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import demo as _demo
+from .answer import Answer, check_output
+from .compare import GREENROOM, TWO_WAYS, Row, Way, compare
+from .core.units import format_bytes
+from .errors import UsageError
+from .model_folder import DTYPES, ModelFolder, component_sizes, open_folder
+from .place import Place, capacities, find_place
+from .question import Question
+
+#: Arguments of a call that have options of their own, or are none of the user's.
+_NOT_TO_SET = ("prompt", "generator", "output_type", "return_dict")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of it: a row for each way, and the files that were written."""
+
+    title: str
+    pipeline: str
+    place: Place
+    dtype: torch.dtype
+    weights_bytes: int
+    rows: Sequence[Row]
+    files: Sequence[Path]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether greenroom answered, and nothing speaks against any answer."""
+        return all(row.is_sound for row in self.rows) and any(
+            row.fits for row in self.rows if row.way == GREENROOM
+        )
+
+    def print(self, *, as_json: bool) -> None:
+        """Print it on standard output."""
+        if as_json:
+            print(json.dumps(self.to_dict(), indent=2))
+            return
+        from .tables import print_rows
+
+        print_rows(self.rows, self.title, are_virtual=self.place.is_simulated)
+        for file in self.files:
+            print(f"wrote {file}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        return {
+            "pipeline": self.pipeline,
+            "device": str(self.place.device),
+            "simulated": self.place.profile,
+            "capacity_bytes": self.place.capacity,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "weights_bytes": self.weights_bytes,
+            "rows": [row.to_dict() for row in self.rows],
+            "files": [str(file) for file in self.files],
+        }
+
+
+def run(
+    model: Path,
+    prompt: str,
+    *,
+    device: str | None = None,
+    simulate: str | None = None,
+    capacity: str | None = None,
+    dtype: str = "auto",
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    calls: int = 1,
+    output: Path | None = None,
+    compares: bool = True,
+) -> Report:
+    """Answer a prompt with the pipeline in a folder. The arguments are those of the command.
+
+    Raises:
+        UsageError: what was asked cannot be. Nothing has been written.
+        LoadError, SimulatorBuildError, OSError: what was asked did not come out.
+    """
+    _quieten()
+    check_output(output or Path("picture.png"))
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"there is no dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+    folder = open_folder(model)
+    question = Question(prompt, seed, settings or {})
+    question.check(folder.pipeline_class)
+    place = find_place(device, simulate, capacity)
+    chosen = DTYPES.get(dtype) or _dtype_for(place, folder)
+
+    name = folder.pipeline_class.__name__
+    _say(f"loading {name} in {_name(chosen)} from {model}")
+    first = folder.load(chosen)
+    sizes = component_sizes(first)
+    spare = [first]
+    del first
+
+    def load() -> Any:
+        pipe = spare.pop() if spare else folder.load(chosen)
+        pipe.set_progress_bar_config(disable=None)  # shown where there is somebody to see it
+        return pipe
+
+    largest = max(sizes, key=sizes.__getitem__)
+    _say(
+        f"its weights are {format_bytes(sum(sizes.values()))}, its largest component is {largest} "
+        f"with {format_bytes(sizes[largest])}"
+    )
+    ways = TWO_WAYS if compares else {GREENROOM: TWO_WAYS[GREENROOM]}
+    chooses = place.is_simulated and capacity is None
+    for tried in _with_capacities(place, sizes) if chooses else (place,):
+        rows, answers = _answer(ways, load, question, tried, calls, must_fit=chooses)
+        if rows[-1].fits:
+            break
+    if not rows[-1].fits:
+        _say(f"greenroom: out of memory: {name} does not run on {tried}. {_advice(tried)}")
+    return Report(
+        f"{name}, {format_bytes(sum(sizes.values()))} in {_name(chosen)}, on {tried}",
+        name,
+        tried,
+        chosen,
+        sum(sizes.values()),
+        rows,
+        _write(rows, answers, output),
+    )
+
+
+def demo(
+    prompt: str = _demo.PROMPT,
+    *,
+    device: str | None = None,
+    simulate: str | None = None,
+    capacity: str | None = None,
+    output: Path = Path("greenroom-demo.png"),
+) -> Report:
+    """Answer a prompt with the small SDXL, in every way that is worth comparing.
+
+    Raises:
+        UsageError: what was asked cannot be. Nothing has been written.
+        CacheError, SimulatorBuildError, OSError: it did not come out.
+    """
+    _quieten()
+    check_output(output)
+    place = find_place(device, simulate, capacity)
+    folder = open_folder(_demo.model_folder())
+    sizes: dict[str, int] = {}
+
+    def load() -> Any:
+        pipe = folder.load(torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        sizes.update(component_sizes(pipe))
+        return pipe
+
+    question = Question(prompt, settings=_demo.SETTINGS)
+    rows, answers = _answer(_demo.WAYS, load, question, place, dict.fromkeys(TWO_WAYS, 2))
+    if not rows[-1].fits:
+        _say(f"greenroom: out of memory: the demo does not run on {place}. {_advice(place)}")
+    steps = _demo.SETTINGS["num_inference_steps"]
+    weights = format_bytes(sum(sizes.values()))
+    return Report(
+        f"a small SDXL, {weights} of random weights, {steps} steps, on {place}",
+        folder.pipeline_class.__name__,
+        place,
+        torch.float32,
+        sum(sizes.values()),
+        rows,
+        _write(rows, answers, output),
+    )
+
+
+def call_settings(
+    steps: int | None,
+    size: str | None,
+    width: int | None,
+    height: int | None,
+    others: Iterable[str],
+) -> dict[str, Any]:
+    """The arguments of a pipeline's call, by diffusers' names, from the command's options.
+
+    Raises:
+        UsageError: they are not of their form, or say something twice.
+    """
+    if size is not None:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)
+        if match is None:
+            raise UsageError(f"--size is width x height in pixels, such as 512x512, not {size!r}")
+        if width is not None or height is not None:
+            raise UsageError("--size gives width and height; leave out --width and --height")
+        width, height = int(match[1]), int(match[2])
+    named = {"num_inference_steps": steps, "width": width, "height": height}
+    settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+    for text in others:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--set takes NAME=VALUE, such as guidance_scale=3.5, not {text!r}")
+        if name in settings or name in _NOT_TO_SET:
+            raise UsageError(f"--set cannot give {name!r}: it is given otherwise, or twice")
+        try:
+            settings[name] = json.loads(value)
+        except ValueError:
+            settings[name] = value
+    return settings
+
+
+def _answer(
+    ways: Mapping[str, Way],
+    load: Callable[[], Any],
+    question: Question,
+    place: Place,
+    calls: int | Mapping[str, int],
+    *,
+    must_fit: bool = False,
+) -> tuple[list[Row], list[Answer | None]]:
+    """Put the question in each way; if all must fit, no further than the first that does not."""
+    _say(f"running it on {place}")
+    rows: list[Row] = []
+    answers: list[Answer | None] = []
+    for row, answer in compare(ways, load, question, place, calls=calls):
+        rows.append(row)
+        answers.append(answer)
+        _say(f"  {len(rows)}/{len(ways)} {row.way}{'' if row.fits else ': does not fit'}")
+        if must_fit and not row.fits:
+            break
+    return rows, answers
+
+
+def _write(
+    rows: Sequence[Row], answers: Sequence[Answer | None], output: Path | None
+) -> list[Path]:
+    """Write greenroom's answer, and the one it should have been if it is another."""
+    mine = answers[-1]
+    if mine is None:
+        return []
+    if not mine.is_finite:
+        _say("greenroom: the answer has numbers that are infinite or NaN: try --dtype float32")
+    files = mine.write(output)
+    left_out = sorted(mine.arrays.keys() - set(mine.shown)) if mine.shown else []
+    if left_out and files[0].suffix != ".npz":
+        _say(f"not in the file: {', '.join(left_out)}. As numpy's arrays: --output answer.npz")
+    if rows[-1].same_output is False:
+        other = next(answer for answer in answers if answer is not None)
+        name = files[0].with_name(f"{files[0].stem}-expected{files[0].suffix}")
+        _say("greenroom: the answers differ; both are written")
+        files += other.write(name)
+    return files
+
+
+def _with_capacities(place: Place, sizes: Mapping[str, int]) -> Iterator[Place]:
+    from . import sim
+
+    most = sim.get_profile(str(place.profile)).memory_bytes
+    return (place.with_capacity(capacity) for capacity in capacities(sizes, most))
+
+
+def _dtype_for(place: Place, folder: ModelFolder) -> torch.dtype:
+    # The simulator computes with the CPU's kernels, which take minutes for a float16 convolution.
+    is_slow = place.is_simulated and folder.stored_dtype == torch.float16
+    return torch.float32 if is_slow else folder.stored_dtype
+
+
+def _advice(place: Place) -> str:
+    more = "Give it more (--capacity), or ask" if place.is_simulated else "Ask"
+    return f"{more} for a smaller picture (--size)"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _quieten() -> None:
+    """Keep the libraries' notes about other things out of our output."""
+    warnings.simplefilter("ignore")
+    try:
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+    except ImportError as error:
+        raise ImportError(
+            "pipelines are diffusers' and transformers', and one of them is not installed: "
+            "pip install 'greenroom[diffusers,transformers]'"
+        ) from error
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
