@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.hooks import CpuOffload
+from accelerate.hooks import CpuOffload, ModelHook
 from accelerate.utils import send_to_device
 from torch import nn
 
@@ -40,6 +40,8 @@ class Part:
     `doors` have one, to bring inputs along. `entrances` always have: the part is at work from their
     bell until they return.
     """
+
+    _is_copy = False
 
     def __init__(
         self,
@@ -83,12 +85,23 @@ class Part:
 
     @_hidden_from_compiler
     def _ring(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        if self._is_copy:
+            return args, kwargs
+        if id(module) not in self._entrances and not any(module is door for door in self.doors):
+            self.doors = (*self.doors, module)  # it is called by itself: maybe again
         self.engine.need(self.key, enters=id(module) in self._entrances)
         return self.bring(args), self.bring(kwargs)
 
     @_hidden_from_compiler
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.engine.left(self.key)
+        if not self._is_copy:
+            self.engine.left(self.key)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Part:
+        """A copy of a component is nobody's: its bells are silent."""
+        silent = object.__new__(Part)
+        silent._is_copy = True
+        return silent
 
     def bring(self, inputs: Any) -> Any:
         """The inputs on the device; the very same object if they are there."""
@@ -136,6 +149,10 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
                 Part(engine, modules, f"{name}.{half}", in_sequence=in_sequence, entrances=modules)
                 for half, modules in halves.items()
             ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModelHook:
+        """A copy of a component is not offloaded: it has a hook that does nothing."""
+        return ModelHook()
 
     # ---- what accelerate, diffusers and transformers call
 

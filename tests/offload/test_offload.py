@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.hooks import CpuOffload
 from torch import nn
 
 import greenroom
@@ -70,75 +69,6 @@ def test_call_after_call_is_the_same_and_ends_at_home(name: str) -> None:
     assert sim.races() == []
 
 
-def test_c9_the_hooks_are_what_diffusers_looks_for() -> None:
-    pipe = tiny("sdxl")
-    greenroom.enable_model_cpu_offload(pipe, device="sim")
-    assert pipe._execution_device == torch.device("sim:0")
-    assert all(isinstance(m._hf_hook, CpuOffload) for m in modules(pipe).values())
-    result(pipe, "sdxl")
-    pipe.enable_model_cpu_offload()  # as a loader does it: the device is remembered
-    assert pipe._offload_device == torch.device("sim:0") and len(pipe._all_hooks) == 4
-    assert torch.equal(result(pipe, "sdxl"), result(tiny("sdxl"), "sdxl"))
-
-
-def test_c7_indices_and_devices() -> None:
-    sim.configure(devices=2)
-    pipe = tiny("sd")
-    with pytest.raises(ValueError, match="both give an index"):
-        greenroom.enable_model_cpu_offload(pipe, gpu_id=1, device="sim:1")
-    with pytest.raises(ValueError, match="device='cpu' is no place"):
-        greenroom.enable_model_cpu_offload(pipe, device="cpu")
-    assert not any(hasattr(m, "_hf_hook") for m in modules(pipe).values())
-    for gpu_id, device, index in ((1, None, 1), (0, None, 0), (1, "sim", 1), (None, "sim:0", 0)):
-        greenroom.enable_model_cpu_offload(pipe, gpu_id, device)
-        assert pipe._execution_device == torch.device("sim", index)
-        result(pipe, "sd")
-
-
-def test_c2_names_that_are_no_component_are_skipped_with_the_near_miss() -> None:
-    pipe = tiny("sd")
-    with pytest.warns(
-        UserWarning, match="'txt_encoder', which is no component of it .*'text_encoder'"
-    ):
-        greenroom.enable_model_cpu_offload(pipe, sequence="txt_encoder->unet->vae")
-
-
-def test_c2_a_pipeline_without_a_sequence_is_told_what_to_do() -> None:
-    with pytest.raises(ValueError, match="does not say in which order"):
-        greenroom.enable_model_cpu_offload({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
-
-
-def test_c6_group_offloading_is_refused() -> None:
-    pipe = tiny("sd")
-    pipe.unet.enable_group_offload(onload_device=torch.device("sim"), offload_type="leaf_level")
-    with pytest.raises(ValueError, match="unet is group-offloaded"):
-        greenroom.enable_model_cpu_offload(pipe)
-
-
-def test_c6_a_device_map_is_refused() -> None:
-    pipe = tiny("sd")
-    pipe.hf_device_map = {"unet": 0, "vae": "cpu"}
-    with pytest.raises(ValueError, match=r"reset_device_map\(\)"):
-        greenroom.enable_model_cpu_offload(pipe)
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_c11_everything_is_home_after_an_exception_too(error: type[BaseException]) -> None:
-    pipe = tiny("sdxl")
-    expected = result(tiny("sdxl"), "sdxl")
-    greenroom.enable_model_cpu_offload(pipe)
-
-    def fail(*args: Any) -> None:
-        raise error("in the middle of a call")
-
-    handle = pipe.unet.mid_block.register_forward_hook(fail)
-    with pytest.raises(error):
-        result(pipe, "sdxl")
-    assert weights_on_device(pipe) == []
-    handle.remove()
-    assert torch.equal(result(pipe, "sdxl"), expected)
-
-
 def test_every_device_allocation_of_a_call_can_fail() -> None:
     pipe = tiny("sd")
     expected = result(tiny("sd"), "sd")
@@ -158,28 +88,6 @@ def test_every_device_allocation_of_a_call_can_fail() -> None:
     assert failures >= 6
     sim.reset()
     assert torch.equal(result(pipe, "sd"), expected)
-
-
-def test_c11_disable_gives_the_pipeline_back() -> None:
-    pipe = tiny("sdxl")
-    before = {
-        name: [(p, p.data_ptr(), p.stride()) for p in m.parameters()]
-        for name, m in modules(pipe).items()
-    }
-    forwards = {name: m.forward.__func__ for name, m in modules(pipe).items()}
-    keys = set(vars(pipe))
-    greenroom.enable_model_cpu_offload(pipe)
-    greenroom.disable_model_cpu_offload(pipe)
-    for name, module in modules(pipe).items():
-        assert all(p is q for p, (q, *_) in zip(module.parameters(), before[name], strict=True))
-        assert [(p.data_ptr(), p.stride()) for p in module.parameters()] == [
-            rest for _, *rest in map(tuple, before[name])
-        ] or [(p.data_ptr(), p.stride()) for p in module.parameters()] == [
-            (pointer, stride) for _, pointer, stride in before[name]
-        ]
-        assert not hasattr(module, "_hf_hook") and module.forward.__func__ is forwards[name]
-        assert not any(m._forward_pre_hooks for m in module.modules())
-    assert set(vars(pipe)) == keys
 
 
 def change_in_place(layer: nn.Linear) -> None:
