@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +12,10 @@ from pipelines.catalogue import CATALOGUE, Case, run
 import greenroom.sim as sim
 
 # What the libraries are about to change, and autocast to float32, says nothing about the catalogue.
-pytestmark = pytest.mark.filterwarnings("ignore:::(diffusers|torch|transformers)")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:::(diffusers|torch|transformers)"),
+    pytest.mark.usefixtures("quick_collections"),
+]
 
 #: What diffusers' own model offloading says where it fails.
 INCUMBENT_FAILS: dict[str, str] = {
@@ -38,15 +39,6 @@ class Answered:
     case: Case
     pipe: Any
     answer: torch.Tensor
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections() -> Iterator[None]:
-    """Garbage is collected between tests that left device memory: not through whole libraries."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", params=CATALOGUE.values(), ids=CATALOGUE)
