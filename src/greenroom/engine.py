@@ -12,7 +12,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 
 from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed, Onload
 from .core.pinning import PinningAllowance
+from .core.trace import Step
 from .device.backend import Backend
+from .within_budget import WithinBudget
 
 if TYPE_CHECKING:
     from .device.layout import Segment
@@ -44,6 +46,9 @@ class Engine:
         self.machine = Machine()
         self.lock = threading.RLock()
         self._parts: weakref.WeakValueDictionary[str, Part] = weakref.WeakValueDictionary()
+        self._budgets: weakref.WeakValueDictionary[int, WithinBudget] = (
+            weakref.WeakValueDictionary()
+        )
         self._serial = itertools.count()
         self._calls = 0
         self._pinning = PinningAllowance()
@@ -54,6 +59,13 @@ class Engine:
         """The engine of a device (with its index)."""
         return cls._engines.setdefault(device, cls(device))
 
+    def within(self, budget: int) -> WithinBudget:
+        """What runs pipelines within so many bytes; one for all that were granted as many."""
+        found = self._budgets.get(budget)
+        if found is None:
+            self._budgets[budget] = found = WithinBudget(self, budget)
+        return found
+
     # ---- who is there
 
     def join(self, part: Part, name: str, *, in_sequence: bool) -> str:
@@ -62,11 +74,17 @@ class Engine:
             key = name if name not in self._parts else f"{name}#{next(self._serial)}"
             kin = [other for other, known in self._parts.items() if known.held & part.held]
             self._parts[key] = part
+            if part.within is not None:
+                part.within.add(part)
             self.machine.add(key, in_sequence=in_sequence)
             for other in kin:
                 self.machine.make_kin(key, other)
             weakref.finalize(part, self._forget, key).atexit = False
             return key
+
+    def part(self, key: str) -> Part:
+        """The part known by a key."""
+        return self._parts[key]
 
     def leave(self, key: str) -> None:
         """Send a component home and forget it."""
@@ -89,6 +107,10 @@ class Engine:
             torch.OutOfMemoryError, WeightsError: it could not be brought there; it is at home then.
         """
         with self.lock:
+            part = self._parts[key]
+            if part.within is not None:
+                part.within.need(part, enters=enters)
+                return
             if not self.machine.is_resident(key):
                 self._forget_dead_threads()
             self._carry_out(Needed(key, enters, threading.get_ident()))
@@ -96,13 +118,19 @@ class Engine:
     def left(self, key: str) -> None:
         """A forward of the component has returned; while the device works, the host prepares."""
         with self.lock:
+            part = self._parts[key]
+            if part.within is not None:
+                part.within.left(part)
+                return
             self.machine.handle(Left(key, threading.get_ident()))
             self._settle_while_busy()
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """A pipeline's call: at its end, however it comes, everything is home."""
+        """A pipeline's call without a budget: at its end, however it comes, everything is home."""
         with self.lock:
+            if self._calls == 0:
+                self._give_way(None)
             self._calls += 1
             try:
                 yield
@@ -112,6 +140,38 @@ class Engine:
                     self.end_call()
             if self._calls == 0:
                 self._settle_what_was_saved()
+
+    @contextlib.contextmanager
+    def call_within(
+        self, within: WithinBudget, kind: Hashable, order: Sequence[Step], *, is_watched: bool
+    ) -> Iterator[None]:
+        """A pipeline's call within a budget: weights wait where the next one like it wants them.
+
+        For `kind`, `order` and `is_watched` see `WithinBudget.begin_call`. If the call raises,
+        everything goes home.
+        """
+        with self.lock:
+            self._calls += 1
+            is_outermost = self._calls == 1
+            try:
+                if is_outermost:
+                    self._give_way(within)
+                    within.begin_call(kind, order, is_watched=is_watched)
+                yield
+                if is_outermost:
+                    within.end_call()
+            except BaseException:
+                if is_outermost:
+                    within.send_all_home()
+                raise
+            finally:
+                self._calls -= 1
+
+    def _give_way(self, within: WithinBudget | None) -> None:
+        """What pipelines of other budgets have on the device goes home."""
+        for other in list(self._budgets.values()):
+            if other is not within:
+                other.send_all_home()
 
     def end_call(self) -> None:
         """Send every component home."""
@@ -124,6 +184,9 @@ class Engine:
         """Send one component home; False if it is at work in another thread, and stays."""
         with self.lock:
             part = self._parts.get(key)
+            if part is not None and part.within is not None:
+                part.within.send_home(part)
+                return True
             if part is None or not self.machine.is_resident(key):
                 return True
             self._forget_dead_threads()
@@ -186,6 +249,6 @@ class Engine:
                 bar.update(segment.nbytes)
 
     def _unsettled(self) -> Iterator[tuple[Part, Segment]]:
-        for part in list(self._parts.values()):
+        for part in [part for part in self._parts.values() if part.within is None]:
             while (segment := part.store.next_to_settle) is not None:
                 yield part, segment

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.hooks import CpuOffload, ModelHook
 from accelerate.utils import send_to_device
 from torch import nn
 
+from .device.blocks import runs_of
 from .device.store import WeightStore
 from .device.walk import is_plain, walk
 from .engine import Engine
+
+if TYPE_CHECKING:
+    from .within_budget import WithinBudget
 
 
 def _hidden_from_compiler(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -51,15 +55,26 @@ class Part:
         *,
         in_sequence: bool,
         entrances: Sequence[nn.Module] = (),
+        within: WithinBudget | None = None,
+        beside: Part | None = None,
+        but: Collection[nn.Module] = (),
     ) -> None:
+        """Of `modules` without those in `but`; `beside` is what a run of blocks needs as well."""
         self.engine = engine
         self.modules = modules
         self.in_sequence = in_sequence
-        self.store = WeightStore(modules, name, engine.backend)
-        self.held = frozenset(id(held.tensor) for root in modules for held in walk(root))
+        self.within = within
+        self.beside = beside
+        self.inside = [m for root in modules for _, m in root.named_modules(memo=set(but))]
+        self.store = WeightStore(modules, name, engine.backend, but=but)
+        self.held = frozenset(id(held.tensor) for root in modules for held in walk(root, but=but))
+        self._is_here = False
+        self._is_trusted = False  # whether its forward was seen to leave its weights alone
         self.doors: Sequence[nn.Module] = ()
+        self.has_entrances = bool(entrances)
         self._entrances = {id(module) for module in entrances}
         self._bells: list[torch.utils.hooks.RemovableHandle] = []
+        self._hung: Sequence[nn.Module] | None = None
         # Threads may come in at any moment, so these bells are never taken down in between.
         self._fixed = [
             *map(self._hang, entrances),
@@ -71,8 +86,11 @@ class Part:
         # First of all hooks: others (weight_norm's) compute with the weights already.
         return module.register_forward_pre_hook(self._ring, prepend=True, with_kwargs=True)
 
-    def hang_bells(self, modules: Iterable[nn.Module]) -> None:
+    def hang_bells(self, modules: Sequence[nn.Module]) -> None:
         """Bells on these modules, and on no other but the entrances."""
+        if modules is self._hung:
+            return
+        self._hung = modules
         for bell in self._bells:
             bell.remove()
         self._bells = [self._hang(m) for m in modules if id(m) not in self._entrances]
@@ -87,10 +105,13 @@ class Part:
     def _ring(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self._is_copy:
             return args, kwargs
-        if id(module) not in self._entrances and not any(module is door for door in self.doors):
+        if self.within is None and not self._is_known(module):
             self.doors = (*self.doors, module)  # it is called by itself: maybe again
         self.engine.need(self.key, enters=id(module) in self._entrances)
         return self.bring(args), self.bring(kwargs)
+
+    def _is_known(self, module: nn.Module) -> bool:
+        return id(module) in self._entrances or any(module is door for door in self.doors)
 
     @_hidden_from_compiler
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -115,15 +136,31 @@ class Part:
         self.store.onload()
         self.hang_bells(self.doors)
 
+    def send(self) -> None:
+        """Start the way to the device."""
+        self.store.send()
+
+    def arrive(self) -> None:
+        """Have what was sent in use."""
+        if not self._is_here:
+            self.store.arrive()
+            if not self._is_trusted:
+                self.store.watch()
+            self._is_here = True
+            self.hang_bells(self.doors)
+
     def go_home(self) -> int:
         """Carry out an Offload; returns how many bytes were copied."""
+        was_watched = self.store.is_watched
         copied = self.store.offload()
+        self._is_trusted = copied == 0 and (was_watched or self._is_trusted)
+        self._is_here = False
         self.at_home()
         return copied
 
     def at_home(self) -> None:
         """Bells everywhere inside."""
-        self.hang_bells(m for root in self.modules for m in root.modules())
+        self.hang_bells(self.inside)
 
 
 class OffloadHook(CpuOffload):  # type: ignore[misc]
@@ -137,18 +174,41 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
     the device when it is used, not both.
     """
 
-    def __init__(self, engine: Engine, module: nn.Module, name: str, *, in_sequence: bool) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        module: nn.Module,
+        name: str,
+        *,
+        in_sequence: bool,
+        within: WithinBudget | None = None,
+    ) -> None:
         super().__init__(execution_device=engine.device)
         self.engine = engine
         self.module = module
+        self.within = within
+
+        def part(modules: Sequence[nn.Module], name: str, **options: Any) -> Part:
+            return Part(engine, modules, name, in_sequence=in_sequence, within=within, **options)
+
         halves = _halves(module)
-        if halves is None:
-            self.parts = [Part(engine, [module], name, in_sequence=in_sequence)]
-        else:
+        self.is_halved = halves is not None
+        if halves is not None:
             self.parts = [
-                Part(engine, modules, f"{name}.{half}", in_sequence=in_sequence, entrances=modules)
+                part(modules, f"{name}.{half}", entrances=modules)
                 for half, modules in halves.items()
             ]
+            return
+        runs = runs_of(module, within.budget) if within is not None else []
+        whole = part([module], name, but={m for run in runs for m in run.modules})
+        whole.inside.remove(module)  # its own forward comes through pre_forward
+        if runs:
+            whole.doors = whole.inside
+        self.parts = [whole]
+        for run in runs:
+            blocks = part(run.modules, f"{name}.{run.name}", beside=whole)
+            blocks.doors = blocks.inside = list(run.modules)
+            self.parts.append(blocks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelHook:
         """A copy of a component is not offloaded: it has a hook that does nothing."""
@@ -162,19 +222,17 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
         for part in self.parts:
             part.store.lay_out()
             part.at_home()
-        if len(self.parts) == 1:
-            # Its own forward comes through pre_forward.
-            self.parts[0].hang_bells([m for m in module.modules() if m is not module])
         return module
 
     @_hidden_from_compiler
     def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Have the weights and the inputs on the device."""
         part = self.parts[0]
-        if len(self.parts) > 1:  # their bells will ring
+        if self.is_halved:  # their bells will ring
             return part.bring(args), part.bring(kwargs)
         if not args and not kwargs:
-            part.doors = list(module.children())
+            if len(self.parts) == 1:
+                part.doors = list(module.children())
             self.engine.need(part.key, enters=False)
             return args, kwargs
         self.engine.need(part.key, enters=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import nn
 from .adapters import diffusers as _diffusers
 from .adapters import quantised
 from .components import Order, components_of, order_of, unique
+from .core.trace import Step
+from .core.units import parse_bytes
 from .device.backend import find_device
 from .device.walk import walk, why_valueless
 from .engine import Engine
@@ -22,6 +25,7 @@ from .errors import NoAcceleratorError, UsageError, WeightsError
 
 if TYPE_CHECKING:
     from .hooks import OffloadHook  # needs accelerate, which may be missing or too old
+    from .within_budget import WithinBudget
 
 logger = logging.getLogger("greenroom")
 
@@ -34,7 +38,7 @@ def enable_model_cpu_offload(
     device: torch.device | str | None = None,
     *,
     sequence: str | Iterable[str] | None = None,
-    budget: None = None,
+    budget: int | str | None = None,
 ) -> None:
     """Keep the pipeline's components in host memory, each on the device only while it is at work.
 
@@ -53,7 +57,10 @@ def enable_model_cpu_offload(
             finds. Without an index here or in `gpu_id`, its first.
         sequence: the order in which components run, ``"text_encoder->unet->vae"``; else the
             pipeline's ``model_cpu_offload_seq``.
-        budget: None, the only choice so far: one component at a time.
+        budget: device memory for weights and what they work on together: bytes, ``"8GiB"``, or
+            ``"80%"`` of what the device has. What fits stays on the device, also between calls,
+            what is needed next is on its way, and what is larger streams through block by block.
+            None: one component at a time.
 
     Raises:
         UsageError (a ValueError): the request cannot be; nothing has been touched.
@@ -61,10 +68,6 @@ def enable_model_cpu_offload(
         ImportError: accelerate is older than 0.17.0.
     """
     _require_accelerate()
-    if budget is not None:
-        raise UsageError(
-            f"budget={budget!r}: this version offloads without a budget only; leave it None"
-        )
     before = state_of(pipe)
     target = _target(gpu_id, device, before)
     modules = components_of(pipe)
@@ -76,7 +79,8 @@ def enable_model_cpu_offload(
     _refuse_meta(modules)
     if not _is_present(target):
         warnings.warn(f"{_absence(target)}. Calls of this pipeline will fail.", stacklevel=2)
-    if before is not None and before.engine.device == target:
+    granted = before.budget if before is not None and budget is None else _granted(budget, target)
+    if before is not None and (before.engine.device, before.budget) == (target, granted):
         with before.engine.lock:  # another thread's call ends first
             before.order = order
             before.refresh(pipe)
@@ -86,7 +90,7 @@ def enable_model_cpu_offload(
             before.disable(pipe)
     engine = Engine.of(target)
     with engine.lock:
-        Offloading(engine, order).enable(pipe)
+        Offloading(engine, order, granted).enable(pipe)
 
 
 def disable_model_cpu_offload(pipe: Any) -> None:
@@ -140,9 +144,11 @@ class Offloading:
     It keeps neither the pipeline nor its components alive.
     """
 
-    def __init__(self, engine: Engine, order: Order) -> None:
+    def __init__(self, engine: Engine, order: Order, budget: int | None = None) -> None:
         self.engine = engine
         self.order = order
+        self.budget = budget
+        self.within = engine.within(budget) if budget is not None else None
         # On the device for good, by the pipeline's wish.
         self.kept: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.immovable: set[str] = set()  # names, each of which has been said once
@@ -157,9 +163,13 @@ class Offloading:
         self.refresh(pipe)
 
     def refresh(self, pipe: Any) -> None:
-        """Everything home; components that came, went or were replaced since are taken in."""
+        """Components that came, went or were replaced since are taken in.
+
+        Without a budget, everything goes home first.
+        """
         _remember(pipe, self)
-        self.send_home(pipe)
+        if self.within is None:
+            self.send_home(pipe)
         self.take_in(pipe)
         replaced = self.kept - set(components_of(pipe).values())
         for module in replaced:
@@ -183,7 +193,7 @@ class Offloading:
             else:
                 if hook_of(module) is None:
                     _bring_home(module)
-                attach(self.engine, module, name, in_sequence=in_sequence)
+                attach(self.engine, module, name, in_sequence=in_sequence, within=self.within)
         _diffusers.publish(pipe, self)
 
     def send_home(self, pipe: Any) -> None:
@@ -197,6 +207,35 @@ class Offloading:
                 held.tensor.device.type not in ("cpu", "meta") for held in walk(module)
             ):
                 module.to("cpu")  # after a `pipe.to("cuda")` of somebody's, which no hook sees
+
+    def call(
+        self, pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[None]:
+        """A call of the pipeline with these arguments."""
+        if self.within is None:
+            return self.engine.call()
+        return self.engine.call_within(
+            self.within,
+            (id(self), _kind_of(args, kwargs)),
+            self._steps(pipe),
+            is_watched=any(map(callable, [*args, *kwargs.values()])),
+        )
+
+    def _steps(self, pipe: Any) -> list[Step]:
+        """What the sequence lets expect: every component once, its parts as they lie."""
+        steps: list[Step] = []
+        modules = components_of(pipe)
+        for name in self.order.names:
+            hook = hook_of(modules.get(name))
+            if hook is None:
+                continue
+            if hook.is_halved:
+                steps.append(Step(hook.parts[-1].key, (hook.parts[-1].key,), opens=True))
+                continue
+            whole, *runs = (part.key for part in hook.parts)
+            steps.append(Step(whole, (whole,), opens=True))
+            steps += [Step(run, (whole,)) for run in runs]
+        return steps
 
     def disable(self, pipe: Any) -> None:
         """Undo it all."""
@@ -217,18 +256,26 @@ def _bring_home(module: nn.Module) -> None:
             module.to("cpu")
 
 
-def attach(engine: Engine, module: nn.Module, name: str, *, in_sequence: bool) -> None:
-    """Hook a component, unless it is hooked for this engine already."""
+def attach(
+    engine: Engine,
+    module: nn.Module,
+    name: str,
+    *,
+    in_sequence: bool,
+    within: WithinBudget | None = None,
+) -> None:
+    """Hook a component, unless it is hooked for this engine and budget already."""
     from accelerate.hooks import add_hook_to_module
 
     from .hooks import OffloadHook
 
     hook = hook_of(module)
     if hook is not None:
-        if hook.engine is engine:
+        if hook.engine is engine and hook.within is within:
             return
         detach(module)
-    add_hook_to_module(module, OffloadHook(engine, module, name, in_sequence=in_sequence))
+    hook = OffloadHook(engine, module, name, in_sequence=in_sequence, within=within)
+    add_hook_to_module(module, hook)
 
 
 def detach(module: nn.Module) -> None:
@@ -354,6 +401,24 @@ def _absence(device: torch.device) -> str:
     return f"There is no device {device}: torch finds {_device_count(device)} of type {device.type}"
 
 
+def _granted(budget: int | str | None, device: torch.device) -> int | None:
+    """The budget in bytes."""
+    if budget is None:
+        return None
+    try:
+        if isinstance(budget, str) and budget.strip().endswith("%"):
+            share = float(budget.strip()[:-1]) / 100
+            if not 0 < share <= 1:
+                raise ValueError("a share is above 0 and at most 100 %")
+            return int(share * Engine.of(device).backend.memory_bytes())
+        granted = parse_bytes(budget)
+    except ValueError as error:
+        raise UsageError(f"budget={budget!r}: {error}") from error
+    if granted == 0:
+        raise UsageError("budget=0 leaves no memory to work in; grant some, or leave it out")
+    return granted
+
+
 def _require_accelerate() -> None:
     try:
         import accelerate
@@ -373,6 +438,20 @@ def _require_accelerate() -> None:
 # ---------------------------------------------------------------------------
 
 
+def _kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """What calls have in common that take the same steps: numbers, shapes, and which are given."""
+    found: list[Hashable] = []
+    for name, value in [*enumerate(args), *sorted(kwargs.items())]:
+        if isinstance(value, (bool, int, float)):
+            found.append((name, value))
+        elif isinstance(value, (list, tuple)):
+            found.append((name, len(value)))
+        else:
+            shape = getattr(value, "shape", getattr(value, "size", None))
+            found.append((name, tuple(shape) if isinstance(shape, (tuple, list)) else None))
+    return tuple(found)
+
+
 def _watch_calls(cls: type) -> None:
     """Let calls of this class's pipelines end at home, however they end."""
     original = cls.__dict__.get("__call__", getattr(cls, "__call__", None))  # noqa: B004
@@ -390,7 +469,7 @@ def _watch_calls(cls: type) -> None:
             raise NoAcceleratorError(
                 f"{_absence(state.engine.device)}. Enable offloading with another gpu_id"
             )
-        with state.engine.call():
+        with state.call(self, args, kwargs):
             if state_of(self) is state:  # else it was disabled while this thread waited
                 state.refresh(self)
             return original(self, *args, **kwargs)

@@ -31,7 +31,7 @@ def test_views_of_one_another_travel_once() -> None:
 def test_what_is_larger_than_a_segment_is_a_segment_of_its_own() -> None:
     large = torch.empty(SEGMENT_BYTES + 4, dtype=torch.uint8)
     sizes = {s.nbytes for s in Layout.of([torch.zeros(1), large, torch.zeros(1)]).segments}
-    assert SEGMENT_BYTES + ALIGNMENT in sizes
+    assert SEGMENT_BYTES + 512 in sizes  # what an allocator takes for it
     assert len(sizes) > 1
 
 

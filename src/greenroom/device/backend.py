@@ -19,6 +19,7 @@ class Backend:
         # By the id of a tensor on the device: whose it is. A component that is dropped while it is
         # there goes, and its entries with it.
         self.resident: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+        self._highest = 0
         self._module: Any = torch.get_device_module(device)
 
     def empty_cache(self) -> None:
@@ -30,6 +31,35 @@ class Backend:
         """Whether the current stream still has work: the host may do something long meanwhile."""
         with self._module.device(self.device):
             return not self._module.current_stream().query()
+
+    def memory_bytes(self) -> int:
+        """All the memory that the device has."""
+        return int(self._module.mem_get_info(self.device)[1])
+
+    def synchronize(self) -> None:
+        """Wait until the device has nothing to do."""
+        self._module.synchronize(self.device)
+
+    def record_time(self) -> Any:
+        """An event on the current stream that knows its time."""
+        event = self._module.Event(enable_timing=True)
+        event.record(self._module.current_stream(self.device))
+        return event
+
+    def restart_peak(self) -> int:
+        """The peak of allocated bytes since the last restart; counting begins anew."""
+        peak = int(self._module.max_memory_allocated(self.device))
+        self._highest = max(self._highest, peak)
+        self._module.reset_peak_memory_stats(self.device)
+        return peak
+
+    def restore_peak(self) -> None:
+        """Let the device's own statistics tell the true peak again, where that can be done."""
+        if self.device.type == "sim":
+            from .. import sim
+
+            sim.raise_peak(self._highest, self.device.index)
+        self._highest = 0
 
     def pin(self, memory: torch.Tensor) -> bool:
         """Page-lock a CPU tensor's storage in place; False where that cannot be done."""

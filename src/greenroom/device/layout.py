@@ -14,6 +14,7 @@ import torch
 
 ALIGNMENT = 256  # bytes; kernels choose by it, and CUDA promises no more
 SEGMENT_BYTES = 64 * 2**20
+_BLOCK = 512  # bytes; allocators hand out multiples, so that a segment takes what it says
 
 
 class Origin:
@@ -229,4 +230,4 @@ def _segments(pieces: list[Piece]) -> list[Segment]:
         piece.offset = used + piece.lead
         members.append(piece)
         groups[-1] = (members, used + room)
-    return [Segment(members, used) for members, used in groups]
+    return [Segment(members, -(-used // _BLOCK) * _BLOCK) for members, used in groups]

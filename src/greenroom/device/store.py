@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ from torch import nn
 from ..errors import WeightsError
 from .backend import Backend
 from .digest import differing, digest_of, has_same_values
-from .layout import Layout, Origin, Piece, Segment, is_same_kind, is_same_place, view_of
+from .layout import Home, Layout, Origin, Piece, Segment, is_same_kind, is_same_place, view_of
 from .opaque import Opaque, as_memory
 from .walk import Held, is_plain, version_of, walk, why_valueless
 
@@ -42,15 +43,26 @@ class Resident:
 class WeightStore:
     """The tensors of some modules, at home or on one device."""
 
-    def __init__(self, modules: Sequence[nn.Module], name: str, backend: Backend) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        name: str,
+        backend: Backend,
+        *,
+        but: Collection[nn.Module] = (),
+    ) -> None:
+        """Of `modules`, without those in `but`."""
         self.modules = modules
         self.name = name
         self.backend = backend
+        self._but = but
         self._layout = Layout([], {})
         self._earlier: Layout | None = None  # before the last change of dtype
         self._residents: list[Resident] = []
         self._opaque: list[Held] = []
         self._away: list[Opaque] = []
+        self._coming: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # sent: version, copy
+        self._mark: Any = None
 
     # ---- layout
 
@@ -94,7 +106,7 @@ class WeightStore:
         return movable
 
     def _held(self) -> Iterator[Held]:
-        return itertools.chain.from_iterable(map(walk, self.modules))
+        return itertools.chain.from_iterable(walk(m, but=self._but) for m in self.modules)
 
     def _take_in_replaced(self, tensors: list[torch.Tensor]) -> None:
         """Where a tensor of the same kind was put in a master's place, its values go to that place.
@@ -118,6 +130,17 @@ class WeightStore:
             torch.OutOfMemoryError, RuntimeError: the device refused. Nothing of the component is on
                 the device then, and the module is as it was.
         """
+        self.send(waits=True)
+        self.arrive()
+
+    def send(self, *, waits: bool = False) -> None:
+        """Start the copies to the device. The module goes on using its masters until `arrive`.
+
+        With `waits`, the current stream waits for each segment, and watches it.
+
+        Raises:
+            as `onload`.
+        """
         with as_memory():
             tensors = self.lay_out()
             transfer = self.backend.transfer
@@ -128,31 +151,51 @@ class WeightStore:
                     )
                 transfer.begin()
                 for segment in self.segments:
-                    self._send(segment)
-                moved = [self._on_device(tensor) for tensor in tensors]
-                away = [
+                    self._copy(segment)
+                    if waits:
+                        # On the current stream: it runs while the next segment is on its way.
+                        transfer.wait()
+                        self._watch(segment)
+                self._mark = transfer.mark()
+                homes = self._layout.homes
+                self._coming = [(t, version_of(t), self._on_device(homes[id(t)])) for t in tensors]
+                self._away = [
                     Opaque(held, self.backend.device)
                     for held in self._opaque
                     if held.tensor.device.type == "cpu"
                 ]
             except BaseException:
-                transfer.abandon()
+                transfer.wait()  # what is on its way is not to be written over what comes next
+                self._coming, self._away = [], []
                 for segment in self.segments:
                     segment.device = segment.digest = None
                 raise
-            for tensor, copy in zip(tensors, moved, strict=True):
+
+    def arrive(self) -> None:
+        """Let the module use what was sent; the current stream waits for it, not the host."""
+        with as_memory():
+            self.backend.transfer.wait(self._mark)
+            for tensor, version, sent in self._coming:
+                home = self._layout.homes[id(tensor)]
+                is_unchanged = version_of(tensor) == version and is_same_place(tensor, home.master)
+                copy = sent if is_unchanged else self._sent_again(tensor, sent)
                 master = tensor.data
                 tensor.data = copy
-                segment = self._layout.homes[id(tensor)].segment
                 self._residents.append(
-                    Resident(tensor, master, tensor.data, version_of(tensor), segment)
+                    Resident(tensor, master, tensor.data, version_of(tensor), home.segment)
                 )
                 self.backend.resident[id(tensor)] = self
-            for opaque in away:
+            self._coming = []
+            for opaque in self._away:
                 opaque.enter()
-            self._away = away
 
-    def _send(self, segment: Segment) -> None:
+    def _sent_again(self, tensor: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
+        """A tensor that was changed at home while it was on its way."""
+        if is_same_kind(tensor, sent):
+            return sent.copy_(tensor.data)
+        return tensor.data.to(self.backend.device)
+
+    def _copy(self, segment: Segment) -> None:
         assert segment.device is not None
         if segment.slab is not None:
             self.backend.transfer.copy(segment.device, segment.slab)
@@ -160,15 +203,27 @@ class WeightStore:
             for piece in segment.pieces:
                 there = segment.device[piece.offset : piece.offset + piece.nbytes]
                 self.backend.transfer.copy(there, piece.host)
-        # On the current stream, so that it runs while the next segment is on its way.
-        self.backend.transfer.wait()
-        segment.digest = digest_of(segment.device)
 
-    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        home = self._layout.homes[id(tensor)]
+    def _watch(self, segment: Segment) -> None:
+        if segment.device is not None and segment.digest is None:
+            segment.digest = digest_of(segment.device)
+
+    def watch(self) -> None:
+        """From now on, changes of what has arrived are seen that no version counts."""
+        with as_memory():
+            for segment in self.segments if self._residents else ():
+                self._watch(segment)
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether changes will be seen that no version counts."""
+        return bool(self.segments) and all(s.digest is not None for s in self.segments)
+
+    def _on_device(self, home: Home) -> torch.Tensor:
+        """A master's copy."""
         assert home.segment.device is not None
-        start = home.piece.offset + tensor.data_ptr() - home.piece.host.data_ptr()
-        return view_of(home.segment.device, start, tensor)
+        start = home.piece.offset + home.master.data_ptr() - home.piece.host.data_ptr()
+        return view_of(home.segment.device, start, home.master)
 
     # ---- home
 
@@ -180,6 +235,9 @@ class WeightStore:
         """
         copied = 0
         with as_memory():
+            if self._coming:  # nobody has used it; its memory is freed behind the copy
+                self.backend.transfer.wait(self._mark)
+                self._coming, self._away = [], []
             residents = {id(resident.tensor): resident for resident in self._residents}
             for segment in self._changed_segments():
                 copied += segment.nbytes
@@ -222,18 +280,18 @@ class WeightStore:
                 self._layout = earlier
 
     def _changed_segments(self) -> list[Segment]:
-        there = [s for s in self.segments if s.device is not None and s.digest is not None]
-        before = [s.digest for s in there if s.digest is not None]
-        after = [digest_of(s.device) for s in there if s.device is not None]
+        watched = [s for s in self.segments if s.device is not None and s.digest is not None]
+        before = [s.digest for s in watched if s.digest is not None]
+        after = [digest_of(s.device) for s in watched if s.device is not None]
         changed = {
             id(r.segment)
             for r in self._residents
             if version_of(r.tensor) != r.version and is_same_place(r.tensor, r.moved)
         }
         changed |= {
-            id(s) for s, differs in zip(there, differing(before, after), strict=True) if differs
+            id(s) for s, differs in zip(watched, differing(before, after), strict=True) if differs
         }
-        return [segment for segment in there if id(segment) in changed]
+        return [s for s in self.segments if s.device is not None and id(s) in changed]
 
     def _bring_home(self, segment: Segment) -> None:
         assert segment.device is not None
@@ -253,6 +311,15 @@ class WeightStore:
         earlier = self._earlier.homes.get(id(tensor)) if self._earlier is not None else None
         if earlier is not None and has_same_values(tensor, earlier.master):
             tensor.data = earlier.master  # cast there and back: what is at home already
+            return 0
+        home = self._layout.homes.get(id(tensor))
+        if (
+            home is not None
+            and home.segment.device is not None
+            and is_same_kind(tensor, home.master)
+            and torch.equal(tensor.data, self._on_device(home))
+        ):
+            tensor.data = home.master  # cast on the device, and back
             return 0
         master = resident.master if resident is not None else None
         if master is not None and (master.dtype, master.shape) == (tensor.dtype, tensor.shape):
@@ -284,6 +351,12 @@ class WeightStore:
             if self.backend.pin(slab):
                 segment.unpin = weakref.finalize(segment, self.backend.unpin, slab)
                 segment.unpin.atexit = False
+
+    def settle_all(self) -> None:
+        """Settle every segment."""
+        self.lay_out()
+        while (segment := self.next_to_settle) is not None:
+            self.settle(segment)
 
     def unsettle(self) -> None:
         """Give the tensors storages of their own again, as they had before; slabs are let go."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,14 +25,14 @@ class Held:
     path: str  # for people: "down_blocks.0.resnets.1.conv1.weight"
 
 
-def walk(module: nn.Module) -> Iterator[Held]:
-    """Every tensor that `module.to()` moves, each place once.
+def walk(module: nn.Module, *, but: Iterable[nn.Module] = ()) -> Iterator[Held]:
+    """Every tensor that `module.to()` moves, each place once; not those of the modules in `but`.
 
     Parameters and their gradients, buffers, and what lies inside of them: the tensors that a
     quantised weight is made of, nested to any depth, and those that its library keeps in an object
     of its own beside the weight. A tensor that holds others comes before them.
     """
-    for prefix, owner in module.named_modules():
+    for prefix, owner in module.named_modules(memo=set(but)):
         dot = f"{prefix}." if prefix else ""
         packages: set[str] = set()
         for kind, tensors in (("parameter", owner._parameters), ("buffer", owner._buffers)):

@@ -256,6 +256,11 @@ def slow_link(factor: float, *, direction: Direction = "both", device: int = 0) 
     _device.native.slow_link(_known(device), direction, float(factor))
 
 
+def raise_peak(nbytes: int, device: int = 0) -> None:
+    """Let the peak of allocated bytes be at least `nbytes`: for who has reset it for a while."""
+    _device.native.raise_peak(_known(device), nbytes, 0)
+
+
 def host_register(tensor: torch.Tensor) -> None:
     """Page-lock a CPU tensor's storage where it lies, as cudaHostRegister does: no second copy.
 

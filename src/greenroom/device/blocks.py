@@ -1,0 +1,94 @@
+"""Which runs of a component's modules can come and go by themselves.
+
+Nothing is known about any model: large modules are taken apart along their children, small
+neighbours travel together. What is in no run (parameters of the large modules themselves) lies
+beside the blocks, and is held as long as the component's forward runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from .layout import extent_of
+from .walk import is_plain, walk
+
+_MOST_BYTES = 128 * 2**20  # a link is at its full speed from 16 MB on
+_RUNS_IN_A_BUDGET = 32  # so that the room for those on their way is a small share of it
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Neighbouring modules that travel together; each is called by its forward."""
+
+    name: str  # of the first one: "transformer_blocks.3"
+    modules: tuple[nn.Module, ...]
+
+
+def runs_of(component: nn.Module, budget: int) -> list[Run]:
+    """The runs of a component, in the order in which they were registered; none if it is small."""
+    most = min(_MOST_BYTES, budget // _RUNS_IN_A_BUDGET)
+    if _nbytes(component) <= most:
+        return []
+    units = _without_ties(component, list(_units(component, "", most)))
+    runs: list[Run] = []
+    names: list[str] = []
+    members: list[nn.Module] = []
+    nbytes = 0
+    for i, (name, module) in enumerate(units):
+        names.append(name)
+        members.append(module)
+        nbytes += _nbytes(module)
+        is_last = i + 1 == len(units) or _family(units[i + 1][0]) != _family(name)
+        if nbytes >= most // 2 or is_last:
+            if nbytes >= most // 16:  # less is not worth a copy of its own
+                runs.append(Run(names[0], tuple(members)))
+            names, members, nbytes = [], [], 0
+    return runs
+
+
+def _units(module: nn.Module, name: str, most: int) -> Iterator[tuple[str, nn.Module]]:
+    is_called = name != "" and type(module).forward is not nn.Module.forward
+    if is_called and (_nbytes(module) <= most or not _may_be_taken_apart(module)):
+        if _nbytes(module) > 0:
+            yield name, module
+        return
+    for child_name, child in module.named_children():
+        yield from _units(child, f"{name}.{child_name}" if name else child_name, most)
+
+
+def _may_be_taken_apart(module: nn.Module) -> bool:
+    """Whether its children are called one by one; torch's own layers read children's weights."""
+    is_layer_of_torch = type(module).__module__.startswith("torch.nn") and not isinstance(
+        module, nn.Sequential
+    )
+    return not is_layer_of_torch and any(True for _ in module.children())
+
+
+def _family(name: str) -> str:
+    return name.split(".", 1)[0]
+
+
+def _without_ties(
+    component: nn.Module, units: list[tuple[str, nn.Module]]
+) -> list[tuple[str, nn.Module]]:
+    """Leave out units that share memory with another one, or with what lies beside them."""
+    inside = [module for _, module in units]
+    owners: dict[int, set[int]] = {}
+    for which, tensors in enumerate([walk(component, but=inside), *map(walk, inside)]):
+        for held in tensors:
+            if is_plain(held.tensor):
+                owners.setdefault(held.tensor.untyped_storage().data_ptr(), set()).add(which)
+    tied = {which for sharing in owners.values() if len(sharing) > 1 for which in sharing}
+    return [unit for which, unit in enumerate(units, 1) if which not in tied]
+
+
+def _nbytes(module: nn.Module) -> int:
+    sizes = {
+        held.tensor.data_ptr(): extent_of(held.tensor)
+        for held in walk(module)
+        if is_plain(held.tensor) and held.tensor.numel() > 0
+    }
+    return sum(sizes.values())

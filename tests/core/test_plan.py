@@ -1,0 +1,161 @@
+"""Plans within a budget: what holds for every pipeline, and how good they are."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+
+from greenroom.core.director import Director
+from greenroom.core.plan import Plan, make_plan
+from greenroom.core.simulate import Costs, simulate
+from greenroom.core.trace import Step, phases
+
+COSTS = Costs(h2d_bytes_per_s=10.0, copy_s=0.0)
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[list[Step], dict[str, int]]:
+    """A call of up to three components, each of some parts, some of them in loops."""
+    steps: list[Step] = []
+    sizes: dict[str, int] = {}
+    for component in draw(st.permutations(["encoder", "denoiser", "decoder"])):
+        count = draw(st.integers(0, 5))
+        sizes[component] = draw(st.integers(1, 5))
+        beside = draw(st.integers(0, 5))
+        parts = [f"{component}.{i}" for i in range(count)]
+        seconds = {p: draw(st.integers(0, 8)) / 4 for p in (component, *parts)}
+        sizes |= {p: draw(st.integers(1, 10)) for p in parts}
+        stay = [Step(component, (component,), seconds[component], beside, opens=True)]
+        stay += [Step(p, (component,), seconds[p], beside) for p in parts]
+        steps += stay * draw(st.sampled_from([1, 1, 2, 5]))
+    return steps, sizes
+
+
+def least_budget(steps: Sequence[Step], sizes: dict[str, int]) -> int:
+    return max(sum(sizes[n] for n in s.needs) + (s.beside_nbytes or 0) for s in steps)
+
+
+def fits(steps: Sequence[Step], sizes: dict[str, int]) -> st.SearchStrategy[int]:
+    # What works on the most and what weighs the most need not be one step: of a phase, the most of
+    # both is what has to fit.
+    most = max(s.beside_nbytes or 0 for s in steps)
+    heaviest = max(sum(sizes[n] for n in s.needs) for s in steps)
+    return st.integers(most + heaviest, most + sum(sizes.values()) + 3)
+
+
+@given(st.data())
+def test_within_every_budget_everything_is_there_when_it_runs(data: st.DataObject) -> None:
+    steps, sizes = data.draw(programs())
+    budget = data.draw(fits(steps, sizes))
+    director = Director(make_plan(steps, sizes, budget, COSTS))
+    there: set[str] = set()
+    for _ in range(3):
+        director.begin_call()
+        for step in steps:
+            orders = director.begin(step)
+            assert there.issuperset(orders.offload) and there.isdisjoint(orders.onload)
+            there = there.difference(orders.offload).union(orders.onload)
+            assert there.issuperset(step.needs) and there == set(director.resident)
+            assert sum(sizes[n] for n in there) + (step.beside_nbytes or 0) <= budget
+        orders = director.end_call()
+        there = there.difference(orders.offload).union(orders.onload)
+        assert sum(sizes[n] for n in there) <= budget
+        assert director.deviations == 0
+
+
+@given(st.data())
+def test_whatever_runs_instead_of_what_was_planned(data: st.DataObject) -> None:
+    steps, sizes = data.draw(programs())
+    budget = data.draw(fits(steps, sizes))
+    director = Director(make_plan(steps, sizes, budget, COSTS))
+    director.begin_call()
+    there: set[str] = set()
+    for step in data.draw(st.lists(st.sampled_from(steps), max_size=40)):
+        orders = director.begin(step)
+        there = there.difference(orders.offload).union(orders.onload)
+        assert there.issuperset(step.needs) and there == set(director.resident)
+        assert sum(sizes[n] for n in there) + (step.beside_nbytes or 0) <= budget
+    gone = data.draw(st.lists(st.sampled_from(sorted(sizes)), max_size=5))
+    director.gone(gone)
+    orders = director.begin(steps[0])
+    assert set(director.resident).issuperset(steps[0].needs)
+
+
+@given(st.data())
+def test_where_everything_fits_the_second_call_moves_nothing(data: st.DataObject) -> None:
+    steps, sizes = data.draw(programs())
+    budget = sum(sizes.values()) + max(s.beside_nbytes or 0 for s in steps)
+    plan = make_plan(steps, sizes, budget, COSTS)
+    assert simulate(plan, COSTS, calls=2).h2d_nbytes == 0
+    assert simulate(plan, COSTS, calls=2).stalled_s == 0
+
+
+def least_recently_used(steps: Sequence[Step], sizes: dict[str, int], budget: int) -> float:
+    """Seconds of a second call that fetches on demand and gives up what was used longest ago."""
+    order: dict[str, None] = {}
+    seconds = 0.0
+    for turn in range(2):
+        seconds = 0.0
+        for step in steps:
+            for name in step.needs:
+                if name not in order:
+                    seconds += sizes[name] / COSTS.h2d_bytes_per_s
+                order.pop(name, None)
+                order[name] = None
+            room = budget - (step.beside_nbytes or 0)
+            for name in [n for n in order if n not in step.needs]:
+                if sum(sizes[n] for n in order) <= room:
+                    break
+                del order[name]
+            seconds += step.seconds or 0.0
+        del turn
+    return seconds
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_no_plan_is_slower_than_least_recently_used(data: st.DataObject) -> None:
+    steps, sizes = data.draw(programs())
+    budget = data.draw(fits(steps, sizes))
+    plan = make_plan(steps, sizes, budget, COSTS)
+    ours = simulate(plan, COSTS, calls=2).seconds
+    assert ours <= least_recently_used(steps, sizes, budget) + 1e-9
+
+
+def a_loop(
+    count: int, nbytes: int, seconds: float, times: int
+) -> tuple[list[Step], dict[str, int]]:
+    sizes = {"rest": 1} | {f"block{i}": nbytes for i in range(count)}
+    turn = [Step("rest", ("rest",), 0.0, 0, opens=True)]
+    turn += [Step(f"block{i}", ("rest",), seconds, 0) for i in range(count)]
+    return turn * times, sizes
+
+
+def test_a_loop_that_does_not_fit_moves_what_does_not_fit_and_a_ring() -> None:
+    steps, sizes = a_loop(count=20, nbytes=10, seconds=1.0, times=30)
+    plan = make_plan(steps, sizes, 101, COSTS)
+    timeline = simulate(plan, COSTS, calls=2)
+    # 10 of 20 blocks do not fit; at most two more make room for the next ones.
+    assert 30 * 100 <= timeline.h2d_nbytes <= 30 * 120
+    (flowing,) = plan.streamed.values()
+    which = sorted(int(name.removeprefix("block")) for name in flowing)
+    assert max(b - a for a, b in itertools.pairwise(which)) <= 3  # spread over the round
+    assert timeline.stalled_s < 0.02 * timeline.seconds
+    assert timeline.peak_nbytes <= 101
+
+
+def test_phases_fold_loops() -> None:
+    first, _ = a_loop(3, 1, 1.0, 1)
+    other = [Step("other", ("other",), opens=True)]
+    found = phases([*other, *first * 4, *other])
+    assert [(p.begin, p.length, p.times) for p in found] == [(0, 1, 1), (1, 4, 4), (17, 1, 1)]
+
+
+def test_a_plan_prints_what_stays_and_what_streams() -> None:
+    steps, sizes = a_loop(count=20, nbytes=10**9, seconds=1.0, times=30)
+    plan = make_plan(steps, sizes, 10 * 10**9, Costs(25e9))
+    assert isinstance(plan, Plan)
+    assert str(plan).startswith("  30 x rest: 21 parts, 20.00 GB, of which ")

@@ -1,0 +1,169 @@
+"""Pipelines within a budget of device memory: the same pictures, inside it, with nothing lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import greenroom
+import greenroom.sim as sim
+from greenroom.zoo.tiny import call_kwargs, demo_sdxl, tiny
+
+
+def build(name: str) -> Any:
+    pipe = demo_sdxl() if name == "demo-sdxl" else tiny(name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def result(pipe: Any, name: str, **changed: Any) -> torch.Tensor:
+    output = pipe(**{**call_kwargs(name), **changed})
+    return torch.as_tensor(output.images if hasattr(output, "images") else output.frames).cpu()
+
+
+def modules(pipe: Any) -> list[nn.Module]:
+    return [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+
+
+def nbytes(pipe: Any) -> int:
+    return sum(p.nbytes for module in modules(pipe) for p in module.parameters())
+
+
+def activations(name: str) -> int:
+    """The most that a call takes besides weights, when everything is resident."""
+    pipe = build(name).to("sim")
+    with sim.measure() as cost:
+        result(pipe, name)
+    return cost.peak_bytes - nbytes(pipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdxl-controlnet", "flux", "wan2.2", "demo-sdxl"])
+@pytest.mark.parametrize("share", [0.5, 0.8, 1.5])
+def test_pictures_are_the_same_inside_the_budget(name: str, share: float) -> None:
+    expected = result(build(name), name)
+    beside = activations(name)
+    sim.configure("rtx-4090")
+    pipe = build(name)
+    budget = int(share * nbytes(pipe)) + 3 * beside
+    greenroom.enable_model_cpu_offload(pipe, budget=budget)
+    for _ in range(3):
+        with sim.measure() as cost:
+            assert torch.equal(result(pipe, name), expected)
+        assert cost.races == []
+        assert cost.peak_bytes <= budget
+        assert cost.d2h_bytes <= expected.nbytes + 4096  # no weights come back
+    if share > 1:
+        assert cost.h2d_bytes < 1e5  # everything stays
+    greenroom.offload_now(pipe)
+    assert all(p.device.type == "cpu" for module in modules(pipe) for p in module.parameters())
+
+
+def test_what_fits_stays_and_what_does_not_streams() -> None:
+    pipe = build("demo-sdxl")
+    budget = int(0.8 * nbytes(pipe)) + 2 * activations("demo-sdxl")
+    sim.configure("rtx-4090")
+    greenroom.enable_model_cpu_offload(pipe, budget=budget)
+    result(pipe, "demo-sdxl")
+    with sim.measure() as second:
+        result(pipe, "demo-sdxl")
+    incumbent = build("demo-sdxl")
+    incumbent.enable_model_cpu_offload(device="sim")
+    with sim.measure() as theirs:
+        result(incumbent, "demo-sdxl")
+    assert second.seconds < theirs.seconds / 2
+    assert second.h2d_bytes < theirs.h2d_bytes
+
+
+def test_other_numbers_of_steps_and_other_sizes_work_too() -> None:
+    pipe = build("sdxl")
+    greenroom.enable_model_cpu_offload(pipe, budget=int(0.6 * nbytes(pipe)) + 2**22)
+    for steps in (2, 5, 2, 3):
+        expected = result(build("sdxl"), "sdxl", num_inference_steps=steps)
+        for _ in range(2):
+            assert torch.equal(result(pipe, "sdxl", num_inference_steps=steps), expected)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_after_an_exception_everything_is_home_and_the_next_call_works(
+    error: type[BaseException],
+) -> None:
+    expected = result(build("sdxl"), "sdxl")
+    pipe = build("sdxl")
+    greenroom.enable_model_cpu_offload(pipe, budget=int(0.6 * nbytes(pipe)) + 2**22)
+    for when in (0, 1):
+
+        def fail(pipe: Any, step: int, *_: Any, when: int = when) -> dict[str, Any]:
+            if step == when:
+                raise error
+            return {}
+
+        with pytest.raises(error):
+            result(pipe, "sdxl", callback_on_step_end=fail)
+        assert all(p.device.type == "cpu" for m in modules(pipe) for p in m.parameters())
+        assert torch.equal(result(pipe, "sdxl"), expected)
+
+
+def test_weights_that_are_changed_between_calls_are_used_and_kept() -> None:
+    pipe, other = build("flux"), build("flux")
+    greenroom.enable_model_cpu_offload(pipe, budget=int(0.6 * nbytes(pipe)) + 2**22)
+    result(pipe, "flux")
+    for changed in (pipe, other):
+        with torch.no_grad():
+            for block in changed.transformer.transformer_blocks:
+                block.attn.to_q.weight.data.mul_(1.5)  # no version counts this
+                block.attn.to_k.weight.add_(0.01)
+    expected = result(other, "flux")
+    for _ in range(2):
+        assert torch.equal(result(pipe, "flux"), expected)
+    greenroom.disable_model_cpu_offload(pipe)
+    for ours, theirs in zip(
+        pipe.transformer.parameters(), other.transformer.parameters(), strict=True
+    ):
+        assert ours.device.type == "cpu" and torch.equal(ours, theirs)
+
+
+def test_weights_that_a_callback_changes_are_used_by_the_next_step() -> None:
+    def double(pipe: Any, step: int, *_: Any) -> dict[str, Any]:
+        for block in pipe.transformer.transformer_blocks:
+            block.attn.to_q.weight.data.mul_(1.5)
+        return {}
+
+    other = build("flux")
+    expected = [result(other, "flux", callback_on_step_end=double) for _ in range(2)]
+    pipe = build("flux")
+    greenroom.enable_model_cpu_offload(pipe, budget=int(0.6 * nbytes(pipe)) + 2**20)
+    for picture in expected:
+        assert torch.equal(result(pipe, "flux", callback_on_step_end=double), picture)
+
+
+@pytest.mark.parametrize("budget", ["much", "0%", "120%", 0, -1])
+def test_budgets_that_cannot_be_are_refused(budget: Any) -> None:
+    pipe = build("sdxl")
+    with pytest.raises(ValueError, match="budget="):
+        greenroom.enable_model_cpu_offload(pipe, budget=budget)
+    assert not hasattr(pipe.unet, "_hf_hook")
+
+
+def test_a_share_of_the_device_is_a_budget() -> None:
+    sim.configure("rtx-4090", capacity="64MiB")
+    pipe = build("sdxl")
+    greenroom.enable_model_cpu_offload(pipe, budget="50%")
+    with sim.measure() as cost:
+        result(pipe, "sdxl")
+    assert cost.peak_bytes <= 2**25
+
+
+def test_a_pipeline_without_a_budget_gets_the_device_for_itself() -> None:
+    kept, other = build("sdxl"), build("flux")
+    greenroom.enable_model_cpu_offload(kept, budget="1GiB")
+    result(kept, "sdxl")
+    assert torch.sim.memory_allocated() > nbytes(kept) // 2
+    greenroom.enable_model_cpu_offload(other)
+    with sim.measure() as cost:
+        result(other, "flux")
+    assert torch.sim.memory_allocated() < 2**16
+    assert cost.peak_bytes < nbytes(kept) + nbytes(other)
