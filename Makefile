@@ -31,10 +31,10 @@ help: ## list these targets
 demo: compiler $(INSTALLED) ## show greenroom at work, without a GPU
 	@$(PY) -m greenroom demo $(ARGS)
 
-# One thread: the models in the tests are so small that OpenMP's waiting threads cost far more
-# time than they save.
+# One process for each core, of one thread each: the models in the tests are so small that OpenMP's
+# waiting threads cost far more time than they save.
 test: compiler $(INSTALLED) ## run the whole test suite; ARGS="-k name" picks
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 test-gpu: compiler $(INSTALLED) ## run the tests that need a CUDA device
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m gpu $(ARGS)

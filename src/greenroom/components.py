@@ -29,7 +29,7 @@ def components_of(pipe: Any) -> dict[str, nn.Module]:
     elif isinstance(pipe, nn.Module):
         named = dict(pipe.named_children())
     else:
-        named = vars(pipe)
+        named = getattr(pipe, "__dict__", {})
     modules = {name: part for name, part in named.items() if isinstance(part, nn.Module)}
     if not modules:
         raise UsageError(
