@@ -141,14 +141,22 @@ def run(
 @app.command()
 def demo(
     prompt: Annotated[
-        str, typer.Argument(metavar="PROMPT", help="What to ask it.")
-    ] = "a red circle above a blue square",
+        str,
+        typer.Argument(
+            metavar="PROMPT",
+            help="One thing or two: red, orange, yellow, green, blue, purple, white or black; "
+            "circle, square, triangle, diamond, star or cross; left of, right of, above or below; "
+            "on a colour.",
+        ),
+    ] = "a green triangle left of a red square",
     device: Device = None,
     simulate: Simulate = None,
     capacity: Annotated[
         str | None,
         typer.Option(
-            metavar="BYTES", help="The simulated device's memory, e.g. \"200MiB\". Else the card's."
+            metavar="BYTES",
+            help='The simulated device\'s memory, e.g. "8GiB". Else 20 MiB: too little for the '
+            "whole pipeline.",
         ),
     ] = None,
     output: Annotated[
@@ -156,10 +164,10 @@ def demo(
     ] = Path("greenroom-demo.png"),
     as_json: Json = False,
 ) -> None:
-    """Answer a prompt with a small SDXL, and compare greenroom with diffusers' ways of offloading.
+    """Draw what a prompt says, and compare greenroom with diffusers' ways of offloading.
 
-    Nothing is downloaded: the weights are random, so the picture is noise. They are made once and
-    kept in ~/.cache/greenroom ($GREENROOM_CACHE names another place).
+    The pipeline is a small SDXL whose trained weights come with greenroom: nothing is downloaded.
+    It draws plain shapes, 64 x 64 pixels, and most prompts come out right.
     """
     # The model is small: OpenMP's waiting threads would cost more than they save. torch reads it
     # when it is imported, which is below.
