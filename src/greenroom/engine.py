@@ -7,6 +7,7 @@ components, take turns instead of sending each other's weights away.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import logging
@@ -50,6 +51,7 @@ class Engine:
             weakref.WeakValueDictionary()
         )
         self._serial = itertools.count()
+        self._dropped: collections.deque[str] = collections.deque()
         self._calls = 0
         self._pinning = PinningAllowance()
         self._is_settled = False  # since the last onload
@@ -71,6 +73,7 @@ class Engine:
     def join(self, part: Part, name: str, *, in_sequence: bool) -> str:
         """Take a component in; returns the key it is known by, which is its name made unique."""
         with self.lock:
+            self._forget_dropped()
             key = name if name not in self._parts else f"{name}#{next(self._serial)}"
             kin = [other for other, known in self._parts.items() if known.held & part.held]
             self._parts[key] = part
@@ -79,7 +82,8 @@ class Engine:
             self.machine.add(key, in_sequence=in_sequence)
             for other in kin:
                 self.machine.make_kin(key, other)
-            weakref.finalize(part, self._forget, key).atexit = False
+            # Garbage is collected in any thread, at any moment: what went is noted, and no more.
+            weakref.finalize(part, self._dropped.append, key).atexit = False
             return key
 
     def part(self, key: str) -> Part:
@@ -91,12 +95,19 @@ class Engine:
         with self.lock:
             self.send_home(key)
             self._parts.pop(key, None)
-            self.machine.remove(key)
+            self._forget(key)
 
     def _forget(self, key: str) -> None:
-        with self.lock:
-            if key not in self._parts:
-                self.machine.remove(key)
+        self.machine.remove(key)
+        for within in list(self._budgets.values()):
+            within.forget(key)
+
+    def _forget_dropped(self) -> None:
+        """Forget the components that are no more."""
+        while self._dropped:
+            key = self._dropped.popleft()
+            if key not in self._parts:  # else another one has taken the name
+                self._forget(key)
 
     # ---- what happens
 
@@ -107,6 +118,8 @@ class Engine:
             torch.OutOfMemoryError, WeightsError: it could not be brought there; it is at home then.
         """
         with self.lock:
+            if self._dropped:
+                self._forget_dropped()
             part = self._parts[key]
             if part.within is not None:
                 part.within.need(part, enters=enters)
@@ -151,6 +164,7 @@ class Engine:
         everything goes home.
         """
         with self.lock:
+            self._forget_dropped()
             self._calls += 1
             is_outermost = self._calls == 1
             try:

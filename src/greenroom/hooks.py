@@ -69,7 +69,6 @@ class Part:
         self.store = WeightStore(modules, name, engine.backend, but=but)
         self.held = frozenset(id(held.tensor) for root in modules for held in walk(root, but=but))
         self._is_here = False
-        self._is_trusted = False  # whether its forward was seen to leave its weights alone
         self.doors: Sequence[nn.Module] = ()
         self.has_entrances = bool(entrances)
         self._entrances = {id(module) for module in entrances}
@@ -144,16 +143,13 @@ class Part:
         """Have what was sent in use."""
         if not self._is_here:
             self.store.arrive()
-            if not self._is_trusted:
-                self.store.watch()
+            self.store.watch()
             self._is_here = True
             self.hang_bells(self.doors)
 
     def go_home(self) -> int:
         """Carry out an Offload; returns how many bytes were copied."""
-        was_watched = self.store.is_watched
         copied = self.store.offload()
-        self._is_trusted = copied == 0 and (was_watched or self._is_trusted)
         self._is_here = False
         self.at_home()
         return copied

@@ -442,8 +442,10 @@ def _kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """What calls have in common that take the same steps: numbers, shapes, and which are given."""
     found: list[Hashable] = []
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
-        if isinstance(value, (bool, int, float)):
+        if isinstance(value, (bool, int)):
             found.append((name, value))
+        elif isinstance(value, float):
+            found.append((name, value > 1))  # guidance: beyond 1 there are two passes
         elif isinstance(value, (list, tuple)):
             found.append((name, len(value)))
         else:

@@ -113,12 +113,12 @@ def _measure_simulated(place: Place, cost: Cost) -> Iterator[None]:
 def _measure_real(place: Place, cost: Cost) -> Iterator[None]:
     module: Any = torch.get_device_module(place.device)
     counts_peaks = hasattr(module, "reset_peak_memory_stats")
-    torch.accelerator.synchronize(place.device)
+    torch.get_device_module(place.device).synchronize(place.device)
     if counts_peaks:
         module.reset_peak_memory_stats(place.device)
     start = time.perf_counter()
     yield
-    torch.accelerator.synchronize(place.device)
+    torch.get_device_module(place.device).synchronize(place.device)
     cost.seconds = time.perf_counter() - start
     if counts_peaks:
         cost.peak_bytes = module.max_memory_allocated(place.device)

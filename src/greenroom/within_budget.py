@@ -56,6 +56,7 @@ class WithinBudget:
         self._inside: list[str] = []  # components whose forwards run: what lies beside their blocks
         self._now: Step | None = None
         self._is_watched = False
+        self._stream: Any = None  # that calls run on, and on which memory is given back
         self._records: list[_Record] | None = None  # while a call is learned
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
 
@@ -77,7 +78,12 @@ class WithinBudget:
         self._is_watched = is_watched
         self._inside, self._now, self._key = [], None, key
         self._prior = list(prior)
+        self._take_in_what_others_did()
         plan = self._plans.get(key)
+        if plan is not None and any(
+            self._sizes().get(name) != nbytes for name, nbytes in plan.sizes.items()
+        ):
+            plan = None  # weights were cast, or came and went, since it was made
         self._records = [] if plan is None else None
         if plan is None:
             plan = make_plan(self._prior, self._sizes(), self._usable, self._costs())
@@ -86,6 +92,18 @@ class WithinBudget:
         elif self.director.plan is not plan:
             self.director.follow(plan)
         self.director.begin_call()
+
+    def _take_in_what_others_did(self) -> None:
+        """Parts whose tensors were replaced since the last call, by a cast say, go home."""
+        stream = self.engine.backend.current_stream()
+        if self._stream is not None and stream != self._stream:
+            stream.wait_stream(self._stream)
+            self.send_all_home()
+            self._stream.wait_stream(stream)  # where the memory is given back to
+        self._stream = stream
+        for part in list(self._parts):
+            if not part.store.is_as_it_came:
+                self.send_home(part)
 
     def end_call(self) -> None:
         """The call is over; what the next one needs first may come."""
@@ -121,8 +139,16 @@ class WithinBudget:
                 if name in known:
                     known[name].go_home()
 
+    def forget(self, key: str) -> None:
+        """A part is no more."""
+        if self.director is not None:
+            self.director.gone([key])
+
     def send_home(self, part: Part) -> None:
         """A part goes home, whoever may need it."""
+        self._now = None
+        if part.key in self._inside:
+            self._inside.remove(part.key)
         if self.director is not None and part.key in self.director.resident:
             self.director.gone([part.key])
             part.go_home()
@@ -139,14 +165,19 @@ class WithinBudget:
         ):
             return
         if enters:
+            if part.key in self._inside:  # its last forward raised, and has not said that it left
+                del self._inside[self._inside.index(part.key) :]
             self._inside.append(part.key)
         if part.has_entrances and now is not None and now.part == part.key:
             return  # through another of its doors, one after the other
         step = Step(part.key, self._held(beside), opens=enters)
         if self._records is not None:
             self._finish_record()
-        if self.director is None:
-            self.begin_call(None, [step])
+        if self.director is None:  # no pipeline's call, which would have an end: nothing is learned
+            self.begin_call(None, [])
+            self._records = None
+            if enters:
+                self._inside.append(part.key)
         assert self.director is not None
         self._carry_out(self.director.begin(step), step.needs)
         self._now = step
@@ -194,11 +225,17 @@ class WithinBudget:
         for name in orders.offload:
             logger.debug("offload %s", name)
             self.engine.part(name).go_home()
-        for name in orders.onload:
-            logger.debug("onload %s", name)
-            part = self.engine.part(name)
-            part.store.settle_all()
-            part.send()
+        unsent = list(orders.onload)
+        try:
+            while unsent:
+                logger.debug("onload %s", unsent[0])
+                part = self.engine.part(unsent[0])
+                part.store.settle_all()
+                part.send()
+                unsent.pop(0)
+        finally:
+            if unsent and self.director is not None:  # the device refused
+                self.director.gone(unsent)
         for name in needs:
             self.engine.part(name).arrive()
 

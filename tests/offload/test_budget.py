@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -155,6 +156,89 @@ def test_a_share_of_the_device_is_a_budget() -> None:
     with sim.measure() as cost:
         result(pipe, "sdxl")
     assert cost.peak_bytes <= 2**25
+
+
+def test_weights_that_a_forward_changes_are_kept_however_late_it_begins_to() -> None:
+    pipe, other = build("flux"), build("flux")
+    greenroom.enable_model_cpu_offload(pipe, budget=int(0.6 * nbytes(pipe)) + 2**20)
+    for changed in (pipe, other):
+        calls = []
+
+        def drift(module: nn.Module, *_: Any, calls: list[int] = calls) -> None:
+            calls.append(1)
+            if len(calls) > 3:
+                module.weight.data.add_(0.01)
+
+        changed.transformer.transformer_blocks[0].attn.to_q.register_forward_hook(drift)
+    for _ in range(3):
+        assert torch.equal(result(pipe, "flux"), result(other, "flux"))
+    greenroom.disable_model_cpu_offload(pipe)
+    for ours, theirs in zip(
+        pipe.transformer.parameters(), other.transformer.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_calls_on_streams_of_their_own_do_not_race() -> None:
+    expected = result(build("sdxl"), "sdxl")
+    pipe = build("sdxl")
+    greenroom.enable_model_cpu_offload(pipe, budget=int(0.6 * nbytes(pipe)) + 2**22)
+    streams = [torch.sim.Stream() for _ in range(2)]
+    for stream in streams * 2:
+        with torch.sim.stream(stream):
+            assert torch.equal(result(pipe, "sdxl"), expected)
+    greenroom.offload_now(pipe)
+    torch.sim.synchronize()
+    assert sim.races() == []
+
+
+def test_a_pipeline_that_is_dropped_leaves_the_others_their_budget() -> None:
+    first, second = build("sdxl"), build("sdxl")
+    expected = result(build("sdxl"), "sdxl")
+    for pipe in (first, second):
+        greenroom.enable_model_cpu_offload(pipe, budget=int(0.6 * nbytes(pipe)) + 2**22)
+    result(first, "sdxl")
+    del first, pipe
+    gc.collect()
+    assert torch.equal(result(second, "sdxl"), expected)
+
+
+def test_components_called_by_hand_come_back_after_they_were_sent_home() -> None:
+    pipe, z = build("sdxl"), torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        expected = pipe.vae.decode(z).sample
+        greenroom.enable_model_cpu_offload(pipe, budget="8MiB")
+        for _ in range(2):
+            assert torch.equal(pipe.vae.decode(z).sample.cpu(), expected)
+            greenroom.offload_now(pipe)
+
+
+def test_a_component_that_found_no_room_is_sent_again() -> None:
+    pipe = build("sdxl")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = pipe.text_encoder(ids)[0]
+        greenroom.enable_model_cpu_offload(pipe, budget="8MiB")
+        sim.fail("device_alloc")
+        with pytest.raises(torch.OutOfMemoryError):
+            pipe.text_encoder(ids)
+        assert torch.equal(pipe.text_encoder(ids)[0].cpu(), expected)
+
+
+def test_weights_that_are_cast_between_calls_are_planned_anew() -> None:
+    pipe, other = build("sdxl"), build("sdxl")
+    budget = 2 * nbytes(pipe) + 2**22
+    greenroom.enable_model_cpu_offload(pipe, budget=budget)
+    result(pipe, "sdxl")
+    for cast in (pipe, other):
+        for part in modules(cast):
+            part.to(torch.float64)
+    expected = result(other, "sdxl")
+    assert torch.equal(result(pipe, "sdxl"), expected)  # learned anew
+    for _ in range(2):
+        with sim.measure() as cost:
+            assert torch.equal(result(pipe, "sdxl"), expected)
+        assert cost.peak_bytes <= budget
 
 
 def test_a_pipeline_without_a_budget_gets_the_device_for_itself() -> None:

@@ -16,10 +16,9 @@ never one whose forward is running (it may have called the other), in whatever t
 that shares a weight with such a one. Two exceptions keep weights from going back and forth:
 
 - A component outside the pipeline's sequence (a ControlNet) is called in turn with the component of
-the
-  sequence that runs with it, and stays until the sequence moves on to another one.
+  the sequence that runs with it, and stays until the sequence moves on to another one.
 - Two components that were seen to drive each other out are *companions* from then on and stay
-together.
+  together.
 
 Which companions there are is remembered from call to call.
 """

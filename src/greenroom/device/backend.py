@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import weakref
 from typing import Any
 
@@ -61,17 +63,23 @@ class Backend:
             sim.raise_peak(self._highest, self.device.index)
         self._highest = 0
 
+    def current_stream(self) -> Any:
+        """The stream that work goes to now; None where a device has none."""
+        if not hasattr(self._module, "current_stream"):
+            return None
+        return self._module.current_stream(self.device)
+
     def pin(self, memory: torch.Tensor) -> bool:
-        """Page-lock a CPU tensor's storage in place; False where that cannot be done."""
-        storage = memory.untyped_storage()
+        """Page-lock a CPU tensor's memory where it lies; False where that cannot be done."""
         if self.device.type == "cuda":
-            # cudaHostRegisterDefault. A refusal leaves an error behind that would surface in a
-            # later call; torch's own wrapper does not raise, and the next synchronising call reads
-            # and clears it.
-            return (
-                int(torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0))
-                == 0
-            )
+            portable = 1  # cudaHostRegisterPortable: locked for every device of the process
+            with torch.cuda.device(self.device):
+                refused = int(
+                    torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, portable)
+                )
+            if refused:
+                _clear_cuda_error()
+            return not refused
         if self.device.type == "sim":
             from .. import sim
 
@@ -84,13 +92,22 @@ class Backend:
 
     def unpin(self, memory: torch.Tensor) -> None:
         """Undo `pin`; waits for the device first, which may still read the memory."""
-        torch.accelerator.synchronize(self.device)
+        self.synchronize()
         if self.device.type == "cuda":
-            torch.cuda.cudart().cudaHostUnregister(memory.untyped_storage().data_ptr())
+            with torch.cuda.device(self.device):
+                if int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())):
+                    _clear_cuda_error()
         elif self.device.type == "sim":
             from .. import sim
 
             sim.host_unregister(memory)
+
+
+def _clear_cuda_error() -> None:
+    """Read the error that a refusal leaves behind: the next kernel's launch would report it."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(f"libcudart.so.{major}").cudaGetLastError()
 
 
 def find_device(device: torch.device | str | None) -> torch.device:

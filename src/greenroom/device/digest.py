@@ -12,15 +12,18 @@ import torch
 
 from .layout import extent_of, is_same_kind
 
-_SUMS = 4099  # a prime: a table of 64 MiB has about half as many rows
+# Primes. With the first, a table of 64 MiB has about half as many rows as columns; with the second
+# the sums of a small one take little memory beside it.
+_SUMS, _SUMS_OF_FEW = 4099, 257
 
 
 def digest_of(slab: torch.Tensor) -> torch.Tensor:
     """The digest of a uint8 tensor of whole 64-bit words: a scalar on the tensor's device."""
     words = slab.view(torch.int64)
-    rows = words.numel() // _SUMS
-    rest = words[rows * _SUMS :]
-    sums = torch.cat([rest, words[: rows * _SUMS].view(rows, _SUMS).sum(0)]) if rows else rest
+    width = _SUMS if words.numel() >= 64 * _SUMS else _SUMS_OF_FEW
+    rows = words.numel() // width
+    rest = words[rows * width :]
+    sums = torch.cat([rest, words[: rows * width].view(rows, width).sum(0)]) if rows else rest
     # Odd weights: a word that changes always changes the total.
     weights = torch.arange(1, 2 * sums.numel(), 2, dtype=torch.int64, device=slab.device)
     return (sums * (weights * 0x9E3779B97F4A7C1)).sum()

@@ -131,7 +131,11 @@ class WeightStore:
                 the device then, and the module is as it was.
         """
         self.send(waits=True)
-        self.arrive()
+        try:
+            self.arrive()
+        except BaseException:
+            self.offload()
+            raise
 
     def send(self, *, waits: bool = False) -> None:
         """Start the copies to the device. The module goes on using its masters until `arrive`.
@@ -156,6 +160,7 @@ class WeightStore:
                         # On the current stream: it runs while the next segment is on its way.
                         transfer.wait()
                         self._watch(segment)
+                self._gather_digests()
                 self._mark = transfer.mark()
                 homes = self._layout.homes
                 self._coming = [(t, version_of(t), self._on_device(homes[id(t)])) for t in tensors]
@@ -208,6 +213,14 @@ class WeightStore:
         if segment.device is not None and segment.digest is None:
             segment.digest = digest_of(segment.device)
 
+    def _gather_digests(self) -> None:
+        """Keep the digests in one piece of memory; each by itself would take a block of it."""
+        watched = [segment for segment in self.segments if segment.digest is not None]
+        digests = [segment.digest for segment in watched if segment.digest is not None]
+        if len(digests) > 1:
+            for segment, digest in zip(watched, torch.stack(digests).unbind(), strict=True):
+                segment.digest = digest
+
     def watch(self) -> None:
         """From now on, changes of what has arrived are seen that no version counts."""
         with as_memory():
@@ -215,9 +228,9 @@ class WeightStore:
                 self._watch(segment)
 
     @property
-    def is_watched(self) -> bool:
-        """Whether changes will be seen that no version counts."""
-        return bool(self.segments) and all(s.digest is not None for s in self.segments)
+    def is_as_it_came(self) -> bool:
+        """Whether the module uses the very memory that was brought there, if any was."""
+        return all(is_same_place(r.tensor, r.moved) for r in self._residents)
 
     def _on_device(self, home: Home) -> torch.Tensor:
         """A master's copy."""
@@ -345,7 +358,7 @@ class WeightStore:
         segment.
         """
         with as_memory():
-            slab = torch.empty(segment.nbytes, dtype=torch.uint8)
+            slab = _host_slab(segment.nbytes)
             self._rehouse({id(p): slab[p.offset : p.offset + p.nbytes] for p in segment.pieces})
             segment.slab = slab
             if self.backend.pin(slab):
@@ -389,3 +402,16 @@ class WeightStore:
         moved = self._layout.move(targets)
         for resident in self._residents:
             resident.master = moved.get(id(resident.tensor), resident.master)
+
+
+_PAGE = 4096  # bytes
+_LEAST_PAGED = 2**20
+
+
+def _host_slab(nbytes: int) -> torch.Tensor:
+    """Host memory of whole pages, unless it is small: pages are locked, and not twice."""
+    if nbytes < _LEAST_PAGED:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    whole = torch.empty(-(-nbytes // _PAGE) * _PAGE + _PAGE, dtype=torch.uint8)
+    start = -whole.data_ptr() % _PAGE
+    return whole[start : start + nbytes]

@@ -5,7 +5,7 @@ that runs the pipeline, and written on `h2d_stream`. `begin()` makes the copies 
 queued on the current stream, whose kernels may still read memory that was freed and is now
 allocated again. `wait()` makes the current stream wait for a copy. So every copy is between its
 allocation and its first reader, memory is freed behind its last reader, and the host waits for
-nothing. If copies are given up half-way, `abandon()` puts them before the freeing.
+nothing. If copies are given up half-way, `wait()` puts them before the freeing.
 """
 
 from __future__ import annotations

@@ -1,0 +1,269 @@
+"""What model offloading costs at full size: wholly on the card, diffusers' way, greenroom's.
+
+Published pipelines in dry runs on simulated cards, so seconds are virtual: no load on this machine
+changes them. Each way of each case runs in a fresh process, and more than once, to show what else
+might.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CASES = (
+    ("sdxl", "rtx-4090"),
+    ("sdxl", "h200"),
+    ("flux", "rtx-4090"),
+    ("flux", "h200"),
+    ("wan2.2", "h200"),
+)
+WAYS = ("resident", "diffusers", "greenroom")
+DOES_NOT_FIT = 3  # exit status of a measuring process
+
+
+# ---- in a process of its own
+# ------------------------------------------------------------------------------
+
+
+def measure(name: str, profile: str, way: str, calls: int, capacity: str | None) -> dict[str, Any]:
+    """Enable one way and call the pipeline a few times."""
+    import diffusers
+
+    import greenroom
+    import greenroom.sim as sim
+    from greenroom import zoo
+
+    warnings.simplefilter("ignore")
+    diffusers.utils.logging.set_verbosity_error()
+    sim.configure(profile, capacity=capacity, dry_above="1MiB")
+    pipe = zoo.full(name)
+    pipe.set_progress_bar_config(disable=True)
+    enable = {
+        "resident": lambda: pipe.to("sim"),
+        "diffusers": lambda: pipe.enable_model_cpu_offload(device="sim"),
+        "greenroom": lambda: greenroom.enable_model_cpu_offload(pipe, device="sim"),
+    }[way]
+    with sim.measure() as enabling:
+        enable()
+    measured = []
+    for _ in range(calls):
+        with sim.measure() as call:
+            pipe(**zoo.full_call_kwargs(name))
+        measured.append(call)
+    return {"enable": _plain(enabling), "calls": [_plain(call) for call in measured]}
+
+
+def _plain(cost: Any) -> dict[str, Any]:
+    return {**dataclasses.asdict(cost), "races": [str(race) for race in cost.races]}
+
+
+# ---- all ways of one case
+# ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One pipeline on one card."""
+
+    name: str
+    profile: str
+    calls: int
+    repetitions: int
+
+    def run(self) -> dict[str, Any]:
+        """Measure every way, as often as asked."""
+        rows = {}
+        for way in WAYS:
+            print(f"{self.name} on {self.profile}, {way} ...", file=sys.stderr, flush=True)
+            rows[way] = self._repeated(way)
+        _compare(rows)
+        return rows
+
+    def _repeated(self, way: str) -> dict[str, Any]:
+        fits, capacity = True, None
+        runs: list[dict[str, Any]] = []
+        while len(runs) < self.repetitions:
+            found = self._in_fresh_process(way, capacity, seed=len(runs))
+            if found is not None:
+                runs.append(found)
+            elif way == "resident" and capacity is None:
+                # What it would take is still the yardstick: the same card with memory enough.
+                fits, capacity = False, "1TiB"
+            else:
+                return {"fits": False}
+        seconds = [[r["enable"]["seconds"], *(c["seconds"] for c in r["calls"])] for r in runs]
+        return {
+            "fits": fits,
+            **runs[0],
+            "first_picture_s": sum(seconds[0][:2]),
+            "repetitions": {
+                "count": self.repetitions,
+                "identical": all(run == runs[0] for run in runs),
+                "largest_spread_s": max(max(s) - min(s) for s in zip(*seconds, strict=True)),
+            },
+        }
+
+    def _in_fresh_process(self, way: str, capacity: str | None, seed: int) -> dict[str, Any] | None:
+        job = json.dumps([self.name, self.profile, way, self.calls, capacity])
+        child = subprocess.run(
+            [sys.executable, __file__, "--measure", job],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONHASHSEED": str(seed),
+                "TRANSFORMERS_VERBOSITY": "error",
+            },
+        )
+        if child.returncode == DOES_NOT_FIT:
+            return None
+        child.check_returncode()
+        found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+        return found
+
+
+def _compare(rows: dict[str, dict[str, Any]]) -> None:
+    """Add to each row what offloading costs: what is beyond the resident pipeline's."""
+    yardstick = rows["resident"]["calls"]
+    for row in rows.values():
+        for call, resident in zip(row.get("calls", ()), yardstick, strict=False):
+            call["lost_s"] = call["seconds"] - resident["seconds"]
+            call["weights_h2d_bytes"] = call["h2d_bytes"] - resident["h2d_bytes"]
+            call["weights_d2h_bytes"] = call["d2h_bytes"] - resident["d2h_bytes"]
+    ours, theirs = rows["greenroom"], rows["diffusers"]
+    if not (ours.get("calls") and theirs.get("calls")):
+        return
+    for call, incumbents in zip(ours["calls"], theirs["calls"], strict=True):
+        call["lost_of_incumbents"] = call["lost_s"] / incumbents["lost_s"]
+    ours["worse_than_incumbent"] = _worse(ours, theirs)
+
+
+def _worse(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, list[float]]:
+    """Every figure that is higher than the incumbent's, where it is highest: [ours, theirs]."""
+    pairs: dict[str, list[tuple[float, float]]] = {
+        "seconds to enable": [(ours["enable"]["seconds"], theirs["enable"]["seconds"])],
+        "seconds to the first picture": [(ours["first_picture_s"], theirs["first_picture_s"])],
+    }
+    for our, their in zip(ours["calls"], theirs["calls"], strict=True):
+        for figure in ("seconds", "peak_bytes", "h2d_bytes", "d2h_bytes", "kernels", "syncs"):
+            pairs.setdefault(f"{figure} of a call", []).append((our[figure], their[figure]))
+        computing = (our["busy"]["compute"], their["busy"]["compute"])
+        pairs.setdefault("seconds of a call's kernels", []).append(computing)
+        pairs.setdefault("races of a call", []).append((len(our["races"]), len(their["races"])))
+    worst = {name: max(found, key=lambda pair: pair[0] - pair[1]) for name, found in pairs.items()}
+    return {name: list(pair) for name, pair in worst.items() if pair[0] > pair[1]}
+
+
+# ---- for people
+# -----------------------------------------------------------------------------------------------
+
+
+def show(case: Case, rows: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    numbers = range(1, case.calls + 1)
+    table = Table(
+        title=f"{case.name}, full size, on a simulated {case.profile}; seconds are virtual",
+        caption=f"(of what diffusers' way loses); up, back: GB of weights in call {case.calls}",
+    )
+    table.add_column("way")
+    headings = ["enable", *(f"call {i}" for i in numbers), "1st picture"]
+    headings += [f"lost {i}" for i in numbers]
+    for heading in [*headings, "peak GiB", "up", "back", "races"]:
+        table.add_column(heading, justify="right")
+    for way, row in rows.items():
+        if "calls" not in row:
+            table.add_row(way, "does not fit")
+            continue
+        calls, last = row["calls"], row["calls"][-1]
+        races = [*row["enable"]["races"], *(race for call in calls for race in call["races"])]
+        table.add_row(
+            way if row["fits"] else f"{way} [1]",
+            f"{row['enable']['seconds']:.2f}",
+            *(f"{call['seconds']:.2f}" for call in calls),
+            f"{row['first_picture_s']:.2f}",
+            *map(_lost, calls),
+            f"{max(call['peak_bytes'] for call in calls) / 2**30:.2f}",
+            f"{last['weights_h2d_bytes'] / 1e9:.2f}",
+            f"{last['weights_d2h_bytes'] / 1e9:.2f}",
+            str(len(races)),
+        )
+    console = Console(width=170)
+    console.print(table)
+    if not rows["resident"]["fits"]:
+        console.print(
+            "[1] does not fit; simulated on the same card with memory enough", markup=False
+        )
+    for way, row in rows.items():
+        if "repetitions" in row:
+            again = row["repetitions"]
+            same = "identical" if again["identical"] else "not identical"
+            console.print(
+                f"{way}: {again['count']} repetitions, {same}, "
+                f"at most {again['largest_spread_s'] * 1e3:.3g} ms apart"
+            )
+    for figure, (ours, theirs) in rows["greenroom"].get("worse_than_incumbent", {}).items():
+        console.print(f"greenroom is worse in {figure}: {ours:,.6g} against {theirs:,.6g}")
+
+
+def _lost(call: dict[str, Any]) -> str:
+    share = call.get("lost_of_incumbents")
+    return f"{call['lost_s']:.2f}" + ("" if share is None else f" ({share:.0%})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", help="cases whose 'pipeline on card' has this in it")
+    parser.add_argument("--calls", type=int, default=4)
+    parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="default: results/offload.json")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure is not None:
+        _measure_and_print(*json.loads(options.measure))
+        return
+    from conditions import RESULTS, simulated, versions, write
+
+    results = []
+    for name, profile in CASES:
+        if options.only and options.only not in f"{name} on {profile}":
+            continue
+        case = Case(name, profile, options.calls, options.repetitions)
+        rows = case.run()
+        show(case, rows)
+        results.append({"pipeline": name, "machine": simulated(profile), "ways": rows})
+    if not results:
+        sys.exit(f"no case has {options.only!r} in it")
+    result = {
+        "benchmark": "offload",
+        "time": "virtual seconds: computed from the card's figures, the same under any load",
+        "versions": versions(),
+        "cases": results,
+    }
+    # A part of the cases is no result to keep beside the others.
+    out = options.out or (None if options.only else RESULTS / "offload.json")
+    if out is not None:
+        write(out, result)
+
+
+def _measure_and_print(*job: Any) -> None:
+    import torch
+
+    try:
+        print(json.dumps(measure(*job)))
+    except torch.OutOfMemoryError:
+        sys.exit(DOES_NOT_FIT)
+
+
+if __name__ == "__main__":
+    main()
