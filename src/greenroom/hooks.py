@@ -135,17 +135,22 @@ class Part:
         self.store.onload()
         self.hang_bells(self.doors)
 
-    def send(self) -> None:
-        """Start the way to the device."""
-        self.store.send()
+    def send(self, masters: object) -> None:
+        """Start the way to the device; for `masters` see `WeightStore.send`."""
+        self.store.send(settles=True, masters=masters)
 
     def arrive(self) -> None:
-        """Have what was sent in use."""
+        """Have what was sent in use, from now on."""
+        self.store.recheck()
         if not self._is_here:
             self.store.arrive()
-            self.store.watch()
             self._is_here = True
             self.hang_bells(self.doors)
+
+    def check(self) -> None:
+        """Its use is over: begin to find out what has changed, for `go_home`."""
+        if self._is_here:
+            self.store.check()
 
     def go_home(self) -> int:
         """Carry out an Offload; returns how many bytes were copied."""

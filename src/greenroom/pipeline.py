@@ -15,6 +15,7 @@ from torch import nn
 
 from .adapters import diffusers as _diffusers
 from .adapters import quantised
+from .adapters.transformers import is_encoder
 from .components import Order, components_of, order_of, unique
 from .core.trace import Step
 from .core.units import parse_bytes
@@ -161,6 +162,8 @@ class Offloading:
         _watch_calls(type(pipe))
         _diffusers.bind(pipe)
         self.refresh(pipe)
+        if self.within is not None:
+            self.within.lock_memory()
 
     def refresh(self, pipe: Any) -> None:
         """Components that came, went or were replaced since are taken in.
@@ -217,12 +220,16 @@ class Offloading:
         return self.engine.call_within(
             self.within,
             (id(self), _kind_of(args, kwargs)),
-            self._steps(pipe),
+            self._steps(pipe, kwargs),
             is_watched=any(map(callable, [*args, *kwargs.values()])),
         )
 
-    def _steps(self, pipe: Any) -> list[Step]:
-        """What the sequence lets expect: every component once, its parts as they lie."""
+    def _steps(self, pipe: Any, kwargs: Mapping[str, Any]) -> list[Step]:
+        """What the sequence lets expect: its components one after the other, denoisers in a loop.
+
+        The parts of each as they lie.
+        """
+        rounds = _diffusers.rounds_of(pipe, kwargs)
         steps: list[Step] = []
         modules = components_of(pipe)
         for name in self.order.names:
@@ -233,8 +240,8 @@ class Offloading:
                 steps.append(Step(hook.parts[-1].key, (hook.parts[-1].key,), opens=True))
                 continue
             whole, *runs = (part.key for part in hook.parts)
-            steps.append(Step(whole, (whole,), opens=True))
-            steps += [Step(run, (whole,)) for run in runs]
+            stay = [Step(whole, (whole,), opens=True), *(Step(run, (whole,)) for run in runs)]
+            steps += stay * (1 if is_encoder(modules[name]) else rounds)
         return steps
 
     def disable(self, pipe: Any) -> None:

@@ -2,22 +2,25 @@
 
 The first call with new arguments is recorded: what runs after what, how long the device computes
 for it, and how much memory it takes besides weights. Times are read from events of the device.
-After the first stay in each component the rest of the call is planned on the expectation that the
-stay is repeated, as a denoising loop does; after the call, the next one like it is planned whole.
+After the first stay in each component the rest of the call is planned anew, with what was measured;
+after the call, the next one like it is planned whole.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
 
 from .core.director import Director, Orders
 from .core.plan import Plan, make_plan
 from .core.simulate import Costs
-from .core.trace import Step
+from .core.trace import Step, visits
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -25,8 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("greenroom")
 
-_EXPECTED_ROUNDS = 30
 _USUAL_COSTS = Costs(20e9)  # PCIe 4.0 x16, until the link was measured
+_USUAL_STEP_S = 0.01  # until the step was measured
+_ALWAYS_FLYING = 128 * 2**20  # bytes: 5 ms on PCIe 4.0, which a host may be away
 
 
 @dataclass
@@ -41,6 +45,17 @@ class _Record:
         return replace(self.step, seconds=seconds, beside_nbytes=self.beside_nbytes)
 
 
+@dataclass(frozen=True)
+class _Known:
+    """A plan, and the sizes of all parts when calls that it is for begin.
+
+    A component that is cast for its work has another size in the plan.
+    """
+
+    plan: Plan
+    before: Mapping[str, int]
+
+
 class WithinBudget:
     """What a device's engine does when it was granted a budget."""
 
@@ -50,15 +65,28 @@ class WithinBudget:
         # Digests, and what differs from call to call, take a little that is in no plan.
         self._usable = budget - budget // 128
         self.director: Director | None = None
-        self._plans: dict[Hashable, Plan] = {}
+        self._plans: dict[Hashable, _Known] = {}
+        self._before: Mapping[str, int] = {}
         self._key: Hashable = None
         self._prior: list[Step] = []
         self._inside: list[str] = []  # components whose forwards run: what lies beside their blocks
         self._now: Step | None = None
         self._is_watched = False
-        self._stream: Any = None  # that calls run on, and on which memory is given back
+        self._call: object = None  # the pipeline's call that goes on
+        self._stream: Any = None  # that calls run on
+        self._unsent: deque[str] = deque()  # ordered, and to be sent as the link gets there
+        self._running: deque[tuple[Any, float]] = deque()  # steps: begun at this event, seconds
+        self._flying: deque[tuple[Any, int]] = deque()  # copies: over at this event, bytes
         self._records: list[_Record] | None = None  # while a call is learned
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
+
+    def lock_memory(self) -> None:
+        """Page-lock the weights of every part, so that no call has to."""
+        parts = sorted(self._parts, key=lambda part: part.key)
+        with tqdm(desc="page-locking weights", unit="B", unit_scale=True, delay=1) as bar:
+            for part in parts:
+                part.store.settle_all()
+                bar.update(part.store.nbytes)
 
     def add(self, part: Part) -> None:
         """Know a part from now on."""
@@ -76,14 +104,14 @@ class WithinBudget:
                 weights, and change them.
         """
         self._is_watched = is_watched
+        self._call = object()
         self._inside, self._now, self._key = [], None, key
         self._prior = list(prior)
         self._take_in_what_others_did()
-        plan = self._plans.get(key)
-        if plan is not None and any(
-            self._sizes().get(name) != nbytes for name, nbytes in plan.sizes.items()
-        ):
-            plan = None  # weights were cast, or came and went, since it was made
+        known = self._plans.get(key)
+        self._before = self._sizes()
+        # Else weights were cast, or came and went, since the plan was made.
+        plan = known.plan if known is not None and known.before == self._before else None
         self._records = [] if plan is None else None
         if plan is None:
             plan = make_plan(self._prior, self._sizes(), self._usable, self._costs())
@@ -95,11 +123,11 @@ class WithinBudget:
 
     def _take_in_what_others_did(self) -> None:
         """Parts whose tensors were replaced since the last call, by a cast say, go home."""
+        self._running.clear()
         stream = self.engine.backend.current_stream()
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)
             self.send_all_home()
-            self._stream.wait_stream(stream)  # where the memory is given back to
         self._stream = stream
         for part in list(self._parts):
             if not part.store.is_as_it_came:
@@ -116,21 +144,31 @@ class WithinBudget:
             steps = self._measured()
             self._records = None
             self.engine.backend.restore_peak()
-            self._plans[self._key] = plan = make_plan(
-                steps, self._sizes(), self._usable, self._costs()
-            )
+            plan = make_plan(steps, self._sizes(), self._usable, self._costs())
+            self._plans[self._key] = _Known(plan, self._before)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
         elif director.deviations:
-            del self._plans[self._key]  # to be learned anew
+            logger.info("%d steps were not as planned: learning anew", director.deviations)
+            del self._plans[self._key]
             return
         orders = director.end_call()
         self._carry_out(orders, ())
+        self._send_unsent()
         self._show(orders.onload)
+        self._expect_changes()
+
+    def _expect_changes(self) -> None:
+        """Whoever runs now may change weights, wherever they are."""
+        self._call = None
+        for part in self._parts:
+            part.store.recheck()
+            part.store.forget_masters()
 
     def send_all_home(self) -> None:
         """Everything goes home, whoever may need it."""
         self._inside, self._now, self._records = [], None, None
+        self._unsent.clear()
         if self.director is not None:
             names = sorted(self.director.resident)
             self.director.gone(names)
@@ -138,11 +176,14 @@ class WithinBudget:
             for name in names:
                 if name in known:
                     known[name].go_home()
+        self._expect_changes()
 
     def forget(self, key: str) -> None:
         """A part is no more."""
         if self.director is not None:
             self.director.gone([key])
+        if key in self._unsent:
+            self._unsent.remove(key)
 
     def send_home(self, part: Part) -> None:
         """A part goes home, whoever may need it."""
@@ -151,7 +192,7 @@ class WithinBudget:
             self._inside.remove(part.key)
         if self.director is not None and part.key in self.director.resident:
             self.director.gone([part.key])
-            part.go_home()
+            self._go_home(part.key)
 
     # ---- a step
 
@@ -175,11 +216,13 @@ class WithinBudget:
             self._finish_record()
         if self.director is None:  # no pipeline's call, which would have an end: nothing is learned
             self.begin_call(None, [])
-            self._records = None
+            self._records = self._call = None
             if enters:
                 self._inside.append(part.key)
         assert self.director is not None
-        self._carry_out(self.director.begin(step), step.needs)
+        orders = self.director.begin(step)
+        self._note_progress()
+        self._carry_out(orders, step.needs)
         self._now = step
         if self._records is not None:
             self.engine.backend.restart_peak()
@@ -192,52 +235,98 @@ class WithinBudget:
         if part.has_entrances:
             return
         self._now = None
-        for name in self._residents_of(part):
-            self.engine.part(name).store.watch()
         if self._is_watched and self.director is not None:
+            self._send_unsent()
             self._show(self.director.resident)
         if self._records is not None and not self._inside:
-            self._expect_a_loop(part)
+            self._replan(part)
 
     def _show(self, names: Iterable[str]) -> None:
-        """Let modules use what is on its way, and see what others change.
+        """Let modules use what is on its way.
 
         Until it arrives a module uses its masters, and nothing tells of a change to those that no
         version counts.
         """
         for name in list(names):
-            part = self.engine.part(name)
-            part.arrive()
-            part.store.watch()
+            self.engine.part(name).arrive()
 
     def _held(self, beside: str | None) -> tuple[str, ...]:
         if beside is None or beside in self._inside:
             return tuple(self._inside)
         return (*self._inside, beside)
 
-    def _residents_of(self, part: Part) -> list[str]:
-        resident = self.director.resident if self.director is not None else set()
-        return [
-            name for name in resident if name == part.key or self.engine.part(name).beside is part
-        ]
+    # ---- carrying orders out
 
     def _carry_out(self, orders: Orders, needs: tuple[str, ...]) -> None:
         for name in orders.offload:
-            logger.debug("offload %s", name)
-            self.engine.part(name).go_home()
-        unsent = list(orders.onload)
-        try:
-            while unsent:
-                logger.debug("onload %s", unsent[0])
-                part = self.engine.part(unsent[0])
-                part.store.settle_all()
-                part.send()
-                unsent.pop(0)
-        finally:
-            if unsent and self.director is not None:  # the device refused
-                self.director.gone(unsent)
+            self._go_home(name)
+        if not self._is_watched:  # else somebody may still change them
+            for name in orders.release:
+                self.engine.part(name).check()
+        if orders.has_more_room:
+            self.engine.backend.transfer.settle()
+        self._unsent.extend(orders.onload)
         for name in needs:
+            if name in self._unsent:
+                self._send(name)
             self.engine.part(name).arrive()
+        self._send_ahead()
+
+    def _go_home(self, name: str) -> None:
+        logger.debug("offload %s", name)
+        if name in self._unsent:
+            self._unsent.remove(name)
+        self.engine.part(name).go_home()
+
+    def _send(self, name: str) -> None:
+        """Start a part's way to the device, before others if it stands behind them."""
+        logger.debug("onload %s", name)
+        part = self.engine.part(name)
+        self._unsent.remove(name)
+        try:
+            part.send(None if self._is_watched else self._call)
+        except BaseException:  # the device refused
+            if self.director is not None:
+                self.director.gone([name, *self._unsent])
+            self._unsent.clear()
+            raise
+        self._flying.append((self.engine.backend.record_copies(), part.store.nbytes))
+
+    def _send_unsent(self) -> None:
+        while self._unsent:
+            self._send(self._unsent[0])
+
+    def _send_ahead(self) -> None:
+        """Send so much of what was ordered that the link is busy as long as the device is.
+
+        And a little longer, until this is called again; but not more: what the pipeline itself
+        copies (its latents, say) would wait behind it, and the host for that.
+        """
+        if not self._unsent:
+            return
+        while self._flying and self._flying[0][0].query():
+            self._flying.popleft()
+        flying = sum(nbytes for _, nbytes in self._flying)
+        enough = _ALWAYS_FLYING + self._backlog_s() * self._costs().h2d_bytes_per_s
+        while self._unsent and flying < enough:
+            flying += self.engine.part(self._unsent[0]).store.nbytes
+            self._send(self._unsent[0])
+
+    def _note_progress(self) -> None:
+        """A step has been ordered: the one before it ends here on the device."""
+        director = self.director
+        if director is None or director.position < 0:
+            return
+        seconds = director.plan.steps[director.position].seconds
+        self._running.append(
+            (self.engine.backend.record_event(), _USUAL_STEP_S if seconds is None else seconds)
+        )
+
+    def _backlog_s(self) -> float:
+        """How long the device will work on the steps that have been ordered, this one included."""
+        while len(self._running) > 1 and self._running[1][0].query():
+            self._running.popleft()
+        return sum(seconds for _, seconds in self._running)
 
     # ---- learning
 
@@ -253,8 +342,8 @@ class WithinBudget:
         self.engine.backend.synchronize()
         return [record.measured() for record in self._records or ()]
 
-    def _expect_a_loop(self, part: Part) -> None:
-        """After the first stay in a component: expect many more, then what the prior says."""
+    def _replan(self, part: Part) -> None:
+        """After the first stay in a component: expect what was expected, and what was measured."""
         assert self._records is not None and self.director is not None
         opened = [
             i for i, r in enumerate(self._records) if r.step.part == part.key and r.step.opens
@@ -264,10 +353,12 @@ class WithinBudget:
         self._finish_record()
         done = self._measured()
         stay = done[opened[0] :]
-        after = [i for i, step in enumerate(self._prior) if part.key in (step.part, *step.held)]
-        rest = self._prior[after[-1] + 1 :] if after else []
-        steps = [*done, *stay * _EXPECTED_ROUNDS, *rest]
-        plan = make_plan(steps, self._sizes(), self._usable, self._costs())
+        spans = list(visits(self._prior))
+        mine = [i for i, span in enumerate(spans) if self._prior[span.start].part == part.key]
+        rest: list[Step] = []
+        for i in range(mine[0] + 1 if mine else len(spans), len(spans)):
+            rest += stay if i in mine else [self._prior[j] for j in spans[i]]
+        plan = make_plan([*done, *rest], self._sizes(), self._usable, self._costs())
         self.director.follow(plan, at=len(done) - 1)
 
     def _sizes(self) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..pipeline import Offloading
+
+
+_USUAL_ROUNDS = 30  # of a denoising loop
 
 
 def is_pipeline(pipe: Any) -> bool:
@@ -35,6 +39,16 @@ def places_itself(pipe: Any) -> bool:
         for cls in type(pipe).__mro__
         if cls.__name__ not in ("DiffusionPipeline", "OffloadMixin")
     )
+
+
+def rounds_of(pipe: Any, kwargs: Mapping[str, Any]) -> int:
+    """How often a denoiser is expected to run in a call with these arguments."""
+    rounds = kwargs.get("num_inference_steps")
+    if rounds is None:
+        parameters = inspect.signature(type(pipe).__call__).parameters if callable(pipe) else {}
+        found = parameters.get("num_inference_steps")
+        rounds = found.default if found is not None else None
+    return rounds if isinstance(rounds, int) and 0 < rounds <= 1000 else _USUAL_ROUNDS
 
 
 def refuse_conflicts(pipe: Any, modules: Mapping[str, nn.Module]) -> None:

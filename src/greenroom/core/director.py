@@ -8,6 +8,16 @@ Note [What is fetched ahead]: parts are sent in the order in which they are need
 there is room for it beside what the steps until then work on. Everything that is needed before the
 *horizon* is there or on its way, so nothing else will be sent before it, and no part that is needed
 before it is given up.
+
+Note [Released and gone]: whether a part was changed can be told only when its last step is over,
+and nothing may take its place before. So what a plan gives up after a step is *released* when the
+next one begins, and makes room for what is fetched ahead from the one after that, when it is known:
+meanwhile the device always has a step to work on. Where the next step is so long that a short pause
+before it does not matter, and for what is needed at once, the host waits.
+
+Note [Room until then]: what is fetched ahead must fit in beside everything that the plan keeps, at
+every moment until it is needed. Within a phase that is what is there now. Later ones may have less
+room, but the plan may also have given something up by then.
 """
 
 from __future__ import annotations
@@ -22,10 +32,21 @@ from .trace import Step
 
 @dataclass(frozen=True)
 class Orders:
-    """What to do before a step: first let go, then send on the way, in this order."""
+    """What to do before a step: first let go, then send on the way, in this order.
+
+    release: what is given up from now on, but stays until its room is wanted: time to find out
+        whether it was changed.
+    has_more_room: there is more room than before, which the last step's activations may still use.
+    """
 
     offload: tuple[str, ...] = ()
     onload: tuple[str, ...] = ()
+    release: tuple[str, ...] = ()
+    has_more_room: bool = False
+
+
+_NOTHING = Orders()
+_WORTH_A_PAUSE_S = 5e-3  # the pause is about 50 microseconds
 
 
 class Director:
@@ -34,9 +55,13 @@ class Director:
     def __init__(self, plan: Plan, sizes: Callable[[], Mapping[str, int]] | None = None) -> None:
         self._known = sizes
         self.deviations = 0
+        self.pressed: list[tuple[int, str]] = []  # what had to go unplanned, after which step
         self.resident: dict[str, int] = {}  # bytes of what is there or on its way
         self.resident_nbytes = 0
         self._loose: set[str] = set()  # resident, and to be given up as soon as its room is wanted
+        self._fresh: set[str] = set()  # released just now
+        self._changes = 0  # how often something came or went
+        self._staying: tuple[object, int] = (None, 0)  # see `_fits_until`
         self.follow(plan)
 
     def follow(self, plan: Plan, *, at: int = -1) -> None:
@@ -55,32 +80,46 @@ class Director:
         self._horizon = max(0, self._horizon - count) if self.position == count - 1 else 0
         self.position = -1
         self.deviations = 0
+        self.pressed.clear()
 
     def begin(self, step: Step) -> Orders:
         """A part is about to run."""
+        before = self.plan.room(self.position if self.position >= 0 else None)
         position = self._find(step)
-        self._loosen(position)
+        released = self._loosen(position)
         arrived = [name for name in step.needs if name not in self.resident]
         self._loose.difference_update(step.needs)
         coming = sum(map(self._size, arrived))
-        room = self.plan.room(position, position)
+        room = self.plan.room(position)
         out = self._make_room(coming, room, step.needs, position)
         for name in arrived:
             self._join(name)
         if position is not None:
             self.position = position
+            if (self.plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
+                self._fresh.clear()
             self._fetch_ahead(position, arrived, out)
-        return Orders(tuple(out), tuple(arrived))
+        if not (out or arrived or released):
+            return _NOTHING
+        stayed = set(out).intersection(arrived)  # there is room for it after all
+        gone = set(out) - stayed
+        return Orders(
+            tuple(name for name in out if name in gone),
+            tuple(name for name in arrived if name not in stayed),
+            tuple(name for name in released if name not in gone),
+            room > before,
+        )
 
     def end_call(self) -> Orders:
         """The call is over; what the next one begins with may come already."""
         last = len(self.plan.steps) - 1
         arrived: list[str] = []
         out: list[str] = []
-        if self.position == last:  # it was not cut short, and did not end elsewhere
+        if self.position == last >= 0:  # it was not cut short, and did not end elsewhere
             self._loosen(last + 1)
-            self._fetch_ahead(last, arrived, out)
-        return Orders(tuple(out), tuple(arrived))
+            self._fresh.clear()  # the host has seen the end of the call
+            self._fetch_ahead(last, arrived, out, room_at=last + 1)
+        return Orders(tuple(out), tuple(arrived))  # none is in both: nothing is given up by force
 
     def gone(self, names: Iterable[str]) -> None:
         """Parts left the device by somebody else's decision, or never came."""
@@ -114,49 +153,76 @@ class Director:
         i = bisect_left(where, inside)
         return rounds * count + (where[i] if i < len(where) else count + where[0])
 
+    def _last(self, name: str, position: int) -> int:
+        """When the part was needed last, before a position; maybe in the last call (negative)."""
+        where = self._where.get(name)
+        if not where:
+            return -1
+        i = bisect_left(where, position)
+        return where[i - 1] if i > 0 else where[-1] - len(self.plan.steps)
+
     # ---- what goes, what comes
 
-    def _loosen(self, position: int | None) -> None:
+    def _loosen(self, position: int | None) -> list[str]:
         """What the plan gives up after the last step may go, if it is not needed very soon."""
-        for name in self.plan.drops.get(self.position, ()):
-            if name in self.resident and (
-                position is None or self._next(name, position) >= self._horizon
-            ):
-                self._loose.add(name)
+        released = [
+            name
+            for name in self.plan.drops.get(self.position, ())
+            if name in self.resident
+            and (position is None or self._next(name, position) >= self._horizon)
+        ]
+        self._loose.update(released)
+        self._changes += len(released)
+        self._fresh = set(released)
+        return released
 
     def _make_room(
         self, coming: int, room: int, needs: tuple[str, ...], position: int | None
     ) -> list[str]:
         """Give up what is loose, and then what is needed last, until `coming` bytes fit."""
         out: list[str] = []
-        if self.resident_nbytes + coming <= room:
+        missing = self.resident_nbytes + coming - room
+        if missing <= 0:
             return out
         at = max(0, self.position) if position is None else position
-        others = sorted(
-            self.resident.keys() - set(needs),
-            key=lambda name: (name not in self._loose, -self._next(name, at), name),
-        )
-        for name in others:
-            if self.resident_nbytes + coming <= room:
-                break
-            if name not in self._loose:
-                self._horizon = min(self._horizon, self._next(name, at))
-            self._leave(name)
+
+        def latest_first(names: Iterable[str]) -> list[str]:
+            return sorted(names, key=lambda name: (-self._next(name, at), name))
+
+        loose = self._loose.difference(needs)
+        for name in latest_first(loose - self._fresh) + latest_first(loose & self._fresh):
+            if missing <= 0:
+                return out
+            missing -= self._leave(name)
             out.append(name)
+        if missing > 0:
+            for name in latest_first(self.resident.keys() - set(needs)):
+                self._horizon = min(self._horizon, self._next(name, at))
+                self.pressed.append((self._last(name, at), name))
+                missing -= self._leave(name)
+                out.append(name)
+                if missing <= 0:
+                    break
         return out
 
-    def _fetch_ahead(self, position: int, arrived: list[str], out: list[str]) -> None:
-        steps = self.plan.steps
+    def _fetch_ahead(
+        self, position: int, arrived: list[str], out: list[str], *, room_at: int | None = None
+    ) -> None:
+        steps, resident = self.plan.steps, self.resident
         count = len(steps)
+        now = position if room_at is None else room_at
+        room = self.plan.rooms[self.plan.phase_at(now) % len(self.plan.rooms)]
         ahead = max(self._horizon, position + 1)
         while ahead < position + count:
-            needs = steps[ahead % count].needs
-            if self._loose:
-                self._loose.difference_update(needs)
-            missing = [name for name in needs if name not in self.resident]
-            if missing:
-                room = self.plan.room(position, ahead)
+            needs = steps[ahead if ahead < count else ahead - count].needs
+            missing = [name for name in needs if name not in resident]
+            loose = [name for name in needs if name in self._loose] if self._loose else ()
+            if missing or loose:
                 coming = sum(map(self._size, missing))
+                if not self._fits_until(ahead, now, coming + sum(map(self._size, loose))):
+                    break
+                self._loose.difference_update(loose)
+                self._changes += len(loose)
                 if not self._give_up_loose(self.resident_nbytes + coming - room, position, out):
                     break
                 for name in missing:
@@ -165,15 +231,41 @@ class Director:
             ahead += 1
         self._horizon = ahead
 
+    def _fits_until(self, ahead: int, position: int, coming: int) -> bool:
+        """Whether there is room for `coming` bytes in every phase from the next one to `ahead`'s.
+
+        See Note [Room until then].
+        """
+        plan = self.plan
+        first, last = plan.phase_at(position), plan.phase_at(ahead)
+        for phase in range(first + 1, last + 1):
+            if self.resident_nbytes + coming <= plan.rooms[phase % len(plan.rooms)]:
+                continue
+            key = (self._changes, first, phase)
+            if self._staying[0] != key:
+                begin = plan.begin_of(phase)
+                kept = plan.kept_into(phase % len(plan.rooms))
+                nbytes = sum(
+                    size
+                    for name, size in self.resident.items()
+                    if name not in self._loose
+                    and (name in kept or self._next(name, position) >= begin)
+                )
+                self._staying = (key, nbytes)
+            if self._staying[1] + coming > plan.rooms[phase % len(plan.rooms)]:
+                return False
+        return True
+
     def _give_up_loose(self, nbytes: int, position: int, out: list[str]) -> bool:
         """Give up so many bytes of what is loose, or nothing if that is not enough."""
         if nbytes <= 0:
             return True
-        if sum(self.resident[name] for name in self._loose) < nbytes:
+        free = [name for name in self._loose if name not in self._fresh]
+        if sum(self.resident[name] for name in free) < nbytes:
             return False
-        for name in sorted(self._loose, key=lambda name: (-self._next(name, position), name)):
-            nbytes -= self.resident[name]
-            self._leave(name)
+        free.sort(key=lambda name: (-self._next(name, position), name))
+        for name in free:
+            nbytes -= self._leave(name)
             out.append(name)
             if nbytes <= 0:
                 break
@@ -186,9 +278,14 @@ class Director:
         return size
 
     def _join(self, name: str) -> None:
+        self._changes += 1
         self.resident[name] = self._size(name)
         self.resident_nbytes += self.resident[name]
 
-    def _leave(self, name: str) -> None:
-        self.resident_nbytes -= self.resident.pop(name)
+    def _leave(self, name: str) -> int:
+        self._changes += 1
+        nbytes = self.resident.pop(name)
+        self.resident_nbytes -= nbytes
         self._loose.discard(name)
+        self._fresh.discard(name)
+        return nbytes

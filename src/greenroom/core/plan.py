@@ -17,11 +17,12 @@ When copies start is no part of the plan: always as early as there is room, in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from .simulate import Costs, simulate
+from .simulate import Costs, run, simulate
 from .trace import Phase, Step, phases
 
 _RINGS = (1.0, 1.5, 2.0, 3.0, 4.0)  # times the largest streamed part
@@ -43,19 +44,41 @@ class Plan:
     rooms: tuple[int, ...]  # bytes for weights in each phase
     streamed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # by phase's begin
 
-    def room(self, begin: int | None, end: int | None) -> int:
-        """Bytes for weights from one position to another; one past the call's end is the next's."""
-        if begin is None or end is None:
-            return self.budget // 2  # a step that nobody expected
-        of_step = self._of_step
-        if end < len(of_step) and of_step[begin] == of_step[end]:
-            return self.rooms[of_step[begin]]
-        first, last = self._phase_at(begin), self._phase_at(end)
-        return min(self.rooms[i % len(self.rooms)] for i in range(first, last + 1))
+    def room(self, position: int | None) -> int:
+        """Bytes for weights while a step runs; None is one that nobody expected."""
+        if position is None:
+            return self.budget // 2
+        return self.rooms[self._of_step[position]]
 
-    def _phase_at(self, position: int) -> int:
+    def phase_at(self, position: int) -> int:
+        """The number of the phase; those of the next call follow on this one's."""
         rounds, inside = divmod(position, len(self.steps))
         return rounds * len(self.phases) + self._of_step[inside]
+
+    def begin_of(self, phase: int) -> int:
+        """The first position of a phase, by its number."""
+        rounds, which = divmod(phase, len(self.phases))
+        return rounds * len(self.steps) + self.phases[which].begin
+
+    def kept_into(self, which: int) -> Set[str]:
+        """What is kept from before a phase, in this call or the last one, for it or a later one."""
+        return self._kept[which]
+
+    @cached_property
+    def _kept(self) -> list[set[str]]:
+        needed = [
+            {name for i in phase.cycle for name in self.steps[i].needs} for phase in self.phases
+        ]
+        kept: set[str] = set()
+        found: list[set[str]] = []
+        for _ in range(2):  # the second time with what the call before has kept
+            found = []
+            for phase, names in zip(self.phases, needed, strict=True):
+                found.append(set(kept))
+                kept |= names
+                for i in range(phase.end - phase.length, phase.end):
+                    kept.difference_update(self.drops.get(i, ()))
+        return found
 
     @cached_property
     def _of_step(self) -> list[int]:
@@ -78,7 +101,9 @@ class Plan:
 def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], budget: int, costs: Costs) -> Plan:
     """The plan for these steps within `budget` bytes, activations included.
 
-    What stays between phases is chosen from a few ways to weigh them, by simulating each.
+    What stays between phases is chosen from a few ways to weigh them, by simulating each; the best
+    is then improved by giving up one part more or less at a time, as long as that is worth it and
+    `_MOST_STEPS` were not simulated yet.
     """
     found = phases(steps)
     rooms = [_room(steps, phase, sizes, budget) for phase in found]
@@ -88,17 +113,105 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], budget: int, cost
         else set()
         for phase, room in zip(found, rooms, strict=True)
     ]
-    short = _folded(steps, found)
-    brief, shortened = [steps[i] for i in short], phases([steps[i] for i in short])
-    best, least = _WEIGHINGS[0], float("inf")
-    for weighing in _WEIGHINGS if len(found) > 1 else ():
-        candidate = _plan(brief, sizes, budget, shortened, rooms, streams, weighing)
-        timeline = simulate(candidate, costs, calls=2)
-        if timeline.seconds < least * _ENOUGH:
-            best, least = weighing, timeline.seconds
-        if least * _ENOUGH < timeline.compute_s:
-            break
-    return _plan(steps, sizes, budget, found, rooms, streams, best)
+    short = [steps[i] for i in _folded(found)]
+    call = _Call(short, sizes, budget, phases(short), rooms)
+    within = frozenset(
+        (i, offset, name)
+        for i, (phase, flows) in enumerate(zip(found, streams, strict=True))
+        for offset, name in _ends(steps, phase, flows)
+    )
+    trials = _Trials(call, costs)
+    for weighing in _WEIGHINGS if len(found) > 1 else _WEIGHINGS[: len(found)]:
+        spare = _spare(call, streams, weighing.share)
+        trials.consider(_Drops(within, _given_up_between(call, streams, spare, weighing.late)))
+    trials.consider(_Drops(within, frozenset()))  # only what presses
+    trials.improve()
+    return _plan(_Call(steps, sizes, budget, found, rooms), trials.best, streams)
+
+
+_Drop = tuple[int, int, str]  # phase, offset in its round, part
+
+
+@dataclass(frozen=True)
+class _Drops:
+    """What is given up: after every round of a loop but the last, and after the last one."""
+
+    within: frozenset[_Drop]
+    after: frozenset[_Drop]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a plan is made for."""
+
+    steps: Sequence[Step]
+    sizes: Mapping[str, int]
+    budget: int
+    phases: Sequence[Phase]
+    rooms: Sequence[int]
+
+
+class _Trials:
+    """Tries what may be given up in a call whose loops go round a few times, and keeps the best."""
+
+    def __init__(self, call: _Call, costs: Costs) -> None:
+        self._call = call
+        self._costs = costs
+        self._left = _MOST_STEPS
+        self._seen: set[_Drops] = set()
+        self.best = _Drops(frozenset(), frozenset())
+        self._least = (float("inf"), 0)  # seconds and bytes of a first call and of one after it
+        self._is_ideal = False  # the device never waits
+
+    def consider(self, drops: _Drops) -> bool:
+        """Whether these are better than the best so far; they are the best then."""
+        if self._is_ideal or self._left <= 0 or drops in self._seen:
+            return False
+        self._seen.add(drops)
+        self._left -= 2 * len(self._call.steps)
+        both = run(_plan(self._call, drops), self._costs, calls=2)
+        seconds = sum(call.seconds for call in both)
+        nbytes = sum(call.h2d_nbytes for call in both)
+        least, fewest = self._least
+        is_better = seconds < least * _ENOUGH or (seconds <= least and nbytes < fewest)
+        if is_better:
+            self.best, self._least = drops, (seconds, nbytes)
+            self._is_ideal = both[1].seconds * _ENOUGH <= both[1].compute_s
+        # What has to go anyway is better given up as soon as its last step is over.
+        return self.consider(self._with(drops, both[1].pressed)) or is_better
+
+    def _with(self, drops: _Drops, pressed: Iterable[tuple[int, str]]) -> _Drops:
+        within, after = set(drops.within), set(drops.after)
+        for position, name in pressed:
+            position %= len(self._call.steps)
+            which = next(i for i, p in enumerate(self._call.phases) if position < p.end)
+            phase = self._call.phases[which]
+            turn, offset = divmod(position - phase.begin, phase.length)
+            (after if turn == phase.times - 1 else within).add((which, offset, name))
+        return _Drops(frozenset(within), frozenset(after))
+
+    def improve(self) -> None:
+        """Give up one part more, or less, or two, as long as that is better."""
+        single = [
+            (is_within, (which, offset, name))
+            for which, phase in enumerate(self._call.phases)
+            for offset, name in _ends_of_all(self._call.steps, phase)
+            for is_within in ([False, True] if phase.times > 1 else [False])
+        ]
+        changes = itertools.chain(
+            ((change,) for change in single), itertools.combinations(single, 2)
+        )
+        for change in changes:
+            if self._left <= 0 or self._is_ideal:
+                return
+            within = frozenset(drop for is_within, drop in change if is_within)
+            after = frozenset(drop for is_within, drop in change if not is_within)
+            if self.consider(_Drops(self.best.within ^ within, self.best.after ^ after)):
+                self.improve()
+                return
+
+
+_MOST_STEPS = 8_000  # to simulate: a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -116,42 +229,40 @@ class _Weighing:
 _WEIGHINGS = [_Weighing(share, late) for share in (0.0, 0.5, 1.0) for late in (True, False)]
 
 
-def _plan(
-    steps: Sequence[Step],
-    sizes: Mapping[str, int],
-    budget: int,
-    found: Sequence[Phase],
-    rooms: Sequence[int],
-    streams: Sequence[set[str]],
-    weighing: _Weighing,
-) -> Plan:
+def _spare(call: _Call, streams: Sequence[set[str]], share: float) -> list[int]:
+    """Bytes of each phase that are free for what it does not need itself."""
     spare = []
-    for phase, capacity, flows in zip(found, rooms, streams, strict=True):
-        whole = _whole(steps, phase, sizes)
+    for phase, capacity, flows in zip(call.phases, call.rooms, streams, strict=True):
+        whole = _whole(call.steps, phase, call.sizes)
         if flows:
             spare.append(0)
         elif phase.times > 1:
             spare.append(capacity - whole)
         else:
-            cycle = [steps[i] for i in phase.cycle]
-            at_once = max(sum(sizes[name] for name in step.needs) for step in cycle)
-            ring = at_once + 2 * max(sizes[name] for step in cycle for name in step.needs)
-            spare.append(capacity - min(whole, max(ring, int(weighing.share * whole))))
+            cycle = [call.steps[i] for i in phase.cycle]
+            at_once = max(sum(call.sizes[name] for name in step.needs) for step in cycle)
+            ring = at_once + 2 * max(call.sizes[name] for step in cycle for name in step.needs)
+            spare.append(capacity - min(whole, max(ring, int(share * whole))))
+    return spare
+
+
+def _plan(call: _Call, chosen: _Drops, streams: Sequence[set[str]] = ()) -> Plan:
     drops: dict[int, list[str]] = {}
-    for phase, flows in zip(found, streams, strict=True):
-        for offset, name in _ends(steps, phase, flows):
-            for turn in range(phase.times - 1):
-                drops.setdefault(phase.begin + offset + turn * phase.length, []).append(name)
-    for position, name in _given_up_between(steps, sizes, found, streams, spare, weighing.late):
-        drops.setdefault(position, []).append(name)
+    for which, offset, name in sorted(chosen.within):
+        phase = call.phases[which]
+        for turn in range(phase.times - 1):
+            drops.setdefault(phase.begin + offset + turn * phase.length, []).append(name)
+    for which, offset, name in sorted(chosen.after):
+        phase = call.phases[which]
+        drops.setdefault(phase.end - phase.length + offset, []).append(name)
     return Plan(
-        tuple(steps),
-        dict(sizes),
-        budget,
+        tuple(call.steps),
+        dict(call.sizes),
+        call.budget,
         {position: tuple(names) for position, names in drops.items()},
-        tuple(found),
-        tuple(rooms),
-        {p.begin: tuple(sorted(s)) for p, s in zip(found, streams, strict=True) if s},
+        tuple(call.phases),
+        tuple(call.rooms),
+        {p.begin: tuple(sorted(s)) for p, s in zip(call.phases, streams, strict=False) if s},
     )
 
 
@@ -160,7 +271,7 @@ def _whole(steps: Sequence[Step], phase: Phase, sizes: Mapping[str, int]) -> int
     return sum(sizes[name] for name in {name for i in phase.cycle for name in steps[i].needs})
 
 
-def _folded(steps: Sequence[Step], found: Sequence[Phase]) -> list[int]:
+def _folded(found: Sequence[Phase]) -> list[int]:
     """The positions of a call whose loops go round three times at most."""
     return [
         i
@@ -279,29 +390,34 @@ def _ends(steps: Sequence[Step], phase: Phase, flows: set[str]) -> list[tuple[in
     return sorted(ends)
 
 
+def _ends_of_all(steps: Sequence[Step], phase: Phase) -> list[tuple[int, str]]:
+    """Where in a round each part is used last."""
+    last: dict[str, int] = {}
+    for offset in range(phase.length):
+        for name in steps[phase.begin + offset].needs:
+            last[name] = offset
+    return sorted((offset, name) for name, offset in last.items())
+
+
 def _given_up_between(
-    steps: Sequence[Step],
-    sizes: Mapping[str, int],
-    found: Sequence[Phase],
-    streams: Sequence[set[str]],
-    spare: list[int],
-    late: bool,
-) -> list[tuple[int, str]]:
+    call: _Call, streams: Sequence[set[str]], spare: list[int], late: bool
+) -> frozenset[_Drop]:
     """Parts that do not stay until the phase, or the call, in which they are needed again."""
+    steps, sizes, found = call.steps, call.sizes, call.phases
     stays: dict[str, list[tuple[int, int, int]]] = {}  # (phase, first, last position in it)
     for which, phase in enumerate(found):
         span: dict[str, tuple[int, int]] = {}
-        for i in range(phase.begin, phase.end):
+        for i in phase.cycle:
             for name in steps[i].needs:
                 span[name] = (span.get(name, (i, i))[0], i)
         for name, (first, last) in span.items():
-            stays.setdefault(name, []).append((which, first, last))
+            stays.setdefault(name, []).append((which, first, last + phase.end - phase.cycle.stop))
     gaps = []
     for name, where in stays.items():
         following = [*where[1:], (where[0][0] + len(found), where[0][1] + len(steps), 0)]
         for (before, _, last), (until, again, _) in zip(where, following, strict=True):
             gaps.append((again - last, last if late else -last, name, last, before, until))
-    given_up = []
+    given_up = set()
     for _, _, name, last, before, until in sorted(gaps):
         takes = set()
         for i in range(before, until + 1):
@@ -314,5 +430,6 @@ def _given_up_between(
             for which in takes:
                 spare[which] -= sizes[name]
         else:
-            given_up.append((last, name))
-    return given_up
+            phase = found[before]
+            given_up.add((before, last - (phase.end - phase.length), name))
+    return frozenset(given_up)

@@ -48,6 +48,16 @@ class Backend:
         event.record(self._module.current_stream(self.device))
         return event
 
+    def record_event(self) -> Any:
+        """The point that the current stream has come to."""
+        event = self._module.Event()
+        event.record(self._module.current_stream(self.device))
+        return event
+
+    def record_copies(self) -> Any:
+        """The point at which the copies so far are over."""
+        return self.transfer.mark() or self.record_event()
+
     def restart_peak(self) -> int:
         """The peak of allocated bytes since the last restart; counting begins anew."""
         peak = int(self._module.max_memory_allocated(self.device))

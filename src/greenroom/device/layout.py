@@ -14,6 +14,7 @@ import torch
 
 ALIGNMENT = 256  # bytes; kernels choose by it, and CUDA promises no more
 SEGMENT_BYTES = 64 * 2**20
+ALONE_BYTES = 8 * 2**20  # from here on a copy of its own costs a link nothing (10 us against 300)
 _BLOCK = 512  # bytes; allocators hand out multiples, so that a segment takes what it says
 
 
@@ -30,19 +31,43 @@ class Piece:
     start: int  # in the storage of its origin
     nbytes: int
     lead: int  # bytes to leave before it, so that everything in it is aligned
+    rank: int  # by the first tensor in it
     offset: int = 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether it is large and has its storage for itself: it can be page-locked in place."""
+        return (
+            self.nbytes >= ALONE_BYTES
+            and self.nbytes % 8 == 0
+            and self.host.untyped_storage().nbytes() == self.nbytes
+        )
 
 
 @dataclass(eq=False)
 class Segment:
-    """Pieces that travel together. Once settled, its host memory is one slab."""
+    """Pieces that travel together. Once settled, its host memory is one slab.
+
+    A large piece is a segment by itself, and its memory is the slab if it can be page-locked there.
+    """
 
     pieces: list[Piece]
     nbytes: int
     slab: torch.Tensor | None = None
+    is_in_place: bool = False  # the slab is where its piece was found
     unpin: weakref.finalize[..., Segment] | None = None  # page-locked until this is called
     device: torch.Tensor | None = None
     digest: torch.Tensor | None = None  # of the device's bytes, as they arrived
+    digest_is_of: object = None  # what `WeightStore.send` was told when it was taken
+
+    @property
+    def watched(self) -> torch.Tensor:
+        """The bytes on the device that a digest is taken of: those that were copied there.
+
+        Of memory that is no slab yet, also what lies between the pieces, which is never written.
+        """
+        assert self.device is not None
+        return self.device if self.slab is None else self.device[: self.slab.nbytes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,30 +229,41 @@ def _pieces(tensors: list[torch.Tensor]) -> list[Piece]:
     i = 0
     while i < len(spans):
         begin, end, which = spans[i]
+        rank = which
         # What else is in it may begin at an address that the first one's dtype would not.
         is_odd = False
         while i + 1 < len(spans) and spans[i + 1][0] < end:
             i += 1
             end = max(end, spans[i][1])
+            rank = min(rank, spans[i][2])
             is_odd |= (spans[i][0] - begin) % tensors[spans[i][2]].element_size() != 0
         storage = tensors[which].data.untyped_storage()
         start = begin - storage.data_ptr()
         host = torch.empty(0, dtype=torch.uint8).set_(storage, start, (end - begin,), (1,))
         origin = origins.setdefault(storage.data_ptr(), Origin())
-        pieces.append(Piece(host, origin, start, end - begin, begin % 16 if is_odd else 0))
+        pieces.append(Piece(host, origin, start, end - begin, begin % 16 if is_odd else 0, rank))
         i += 1
     return pieces
 
 
 def _segments(pieces: list[Piece]) -> list[Segment]:
-    """Group pieces, in address order, into segments of about SEGMENT_BYTES."""
+    """Large pieces by themselves, others in segments of about SEGMENT_BYTES, in the walk's order.
+
+    The order of the walk is the same in every process; that of addresses is not.
+    """
     groups: list[tuple[list[Piece], int]] = []
-    for piece in pieces:
+    open_group: int | None = None
+    for piece in sorted(pieces, key=lambda piece: piece.rank):
         room = -(-(piece.lead + piece.nbytes) // ALIGNMENT) * ALIGNMENT
-        if not groups or groups[-1][1] + room > SEGMENT_BYTES:
+        piece.offset = piece.lead
+        if piece.is_alone:
+            groups.append(([piece], room))
+            continue
+        if open_group is None or groups[open_group][1] + room > SEGMENT_BYTES:
+            open_group = len(groups)
             groups.append(([], 0))
-        members, used = groups[-1]
-        piece.offset = used + piece.lead
+        members, used = groups[open_group]
+        piece.offset += used
         members.append(piece)
-        groups[-1] = (members, used + room)
+        groups[open_group] = (members, used + room)
     return [Segment(members, -(-used // _BLOCK) * _BLOCK) for members, used in groups]

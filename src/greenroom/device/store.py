@@ -8,6 +8,9 @@ made:
 - in place (`add_`): seen by the tensor's version;
 - through `.data`, which no version counts: seen by a digest of the device's copy, taken when it
   arrives and when it leaves.
+
+Verbs come in pairs, so that the host can do something else in between: `send` and `arrive`, `check`
+and `offload`.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from torch import nn
 
 from ..errors import WeightsError
 from .backend import Backend
-from .digest import differing, digest_of, has_same_values
+from .digest import digest_of, has_same_values
 from .layout import Home, Layout, Origin, Piece, Segment, is_same_kind, is_same_place, view_of
 from .opaque import Opaque, as_memory
 from .walk import Held, is_plain, version_of, walk, why_valueless
@@ -63,6 +66,9 @@ class WeightStore:
         self._away: list[Opaque] = []
         self._coming: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # sent: version, copy
         self._mark: Any = None
+        self.is_here = False  # the module uses the device's copy
+        # Begun by `check`: the segments it looks at, and which of them differ (on the device).
+        self._check: tuple[list[Segment], torch.Tensor | None] | None = None
 
     # ---- layout
 
@@ -130,37 +136,38 @@ class WeightStore:
             torch.OutOfMemoryError, RuntimeError: the device refused. Nothing of the component is on
                 the device then, and the module is as it was.
         """
-        self.send(waits=True)
+        self.send()
         try:
             self.arrive()
         except BaseException:
             self.offload()
             raise
 
-    def send(self, *, waits: bool = False) -> None:
+    def send(self, *, settles: bool = False, masters: object = None) -> None:
         """Start the copies to the device. The module goes on using its masters until `arrive`.
 
-        With `waits`, the current stream waits for each segment, and watches it.
+        Args:
+            settles: whether to copy from page-locked memory, and make it so if it is not.
+            masters: the same as last time if masters cannot have been changed since then but by
+                what was on the device; their digests are taken once.
 
         Raises:
             as `onload`.
         """
         with as_memory():
             tensors = self.lay_out()
+            while settles and (segment := self.next_to_settle) is not None:
+                self.settle(segment)
             transfer = self.backend.transfer
+            transfer.begin()
             try:
                 for segment in self.segments:
-                    segment.device = torch.empty(
-                        segment.nbytes, dtype=torch.uint8, device=self.backend.device
-                    )
-                transfer.begin()
-                for segment in self.segments:
+                    segment.device = transfer.allocate(segment.nbytes)
                     self._copy(segment)
-                    if waits:
-                        # On the current stream: it runs while the next segment is on its way.
-                        transfer.wait()
-                        self._watch(segment)
-                self._gather_digests()
+                with transfer.on_arrival():
+                    self._take_digests([s for s in self.segments if not _is_known(s, masters)])
+                for segment in self.segments:
+                    segment.digest_is_of = masters if segment.slab is not None else None
                 self._mark = transfer.mark()
                 homes = self._layout.homes
                 self._coming = [(t, version_of(t), self._on_device(homes[id(t)])) for t in tensors]
@@ -170,20 +177,21 @@ class WeightStore:
                     if held.tensor.device.type == "cpu"
                 ]
             except BaseException:
-                transfer.wait()  # what is on its way is not to be written over what comes next
                 self._coming, self._away = [], []
-                for segment in self.segments:
-                    segment.device = segment.digest = None
+                self._let_go()
                 raise
 
     def arrive(self) -> None:
         """Let the module use what was sent; the current stream waits for it, not the host."""
         with as_memory():
             self.backend.transfer.wait(self._mark)
+            changed: dict[int, Segment] = {}
             for tensor, version, sent in self._coming:
                 home = self._layout.homes[id(tensor)]
-                is_unchanged = version_of(tensor) == version and is_same_place(tensor, home.master)
-                copy = sent if is_unchanged else self._sent_again(tensor, sent)
+                copy = sent
+                if version_of(tensor) != version or not is_same_place(tensor, home.master):
+                    copy = self._sent_again(tensor, sent)
+                    changed[id(home.segment)] = home.segment
                 master = tensor.data
                 tensor.data = copy
                 self._residents.append(
@@ -191,6 +199,11 @@ class WeightStore:
                 )
                 self.backend.resident[id(tensor)] = self
             self._coming = []
+            self.is_here = True
+            if changed:
+                self._take_digests(list(changed.values()))
+                for segment in changed.values():
+                    segment.digest_is_of = None
             for opaque in self._away:
                 opaque.enter()
 
@@ -203,29 +216,49 @@ class WeightStore:
     def _copy(self, segment: Segment) -> None:
         assert segment.device is not None
         if segment.slab is not None:
-            self.backend.transfer.copy(segment.device, segment.slab)
+            self.backend.transfer.copy(segment.device[: segment.slab.nbytes], segment.slab)
         else:
             for piece in segment.pieces:
                 there = segment.device[piece.offset : piece.offset + piece.nbytes]
                 self.backend.transfer.copy(there, piece.host)
 
-    def _watch(self, segment: Segment) -> None:
-        if segment.device is not None and segment.digest is None:
-            segment.digest = digest_of(segment.device)
+    def _take_digests(self, segments: list[Segment]) -> None:
+        """Note what has arrived.
 
-    def _gather_digests(self) -> None:
-        """Keep the digests in one piece of memory; each by itself would take a block of it."""
-        watched = [segment for segment in self.segments if segment.digest is not None]
-        digests = [segment.digest for segment in watched if segment.digest is not None]
-        if len(digests) > 1:
-            for segment, digest in zip(watched, torch.stack(digests).unbind(), strict=True):
+        The digests are kept in one piece of memory; each by itself would take a block of it.
+        """
+        there = [segment for segment in segments if segment.device is not None]
+        if there:
+            digests = torch.stack([digest_of(segment.watched) for segment in there])
+            for segment, digest in zip(there, digests.unbind(), strict=True):
                 segment.digest = digest
 
-    def watch(self) -> None:
-        """From now on, changes of what has arrived are seen that no version counts."""
-        with as_memory():
-            for segment in self.segments if self._residents else ():
-                self._watch(segment)
+    def check(self) -> None:
+        """Begin to find out what was changed since it arrived, beside what the device does next.
+
+        A change after this is not seen: `recheck` if somebody may use it again.
+        """
+        if self._check is not None:
+            return
+        watched = [s for s in self.segments if s.device is not None and s.digest is not None]
+        before = [s.digest for s in watched if s.digest is not None]
+        differs = None
+        if watched:
+            with as_memory(), self.backend.transfer.after_use():
+                after = [digest_of(segment.watched) for segment in watched]
+                differs = torch.stack(before) != torch.stack(after)
+        self._check = watched, differs
+
+    def recheck(self) -> None:
+        """Forget what `check` began."""
+        self._check = None
+
+    def forget_masters(self) -> None:
+        """From now on masters may be changed by anybody."""
+        for segment in self.segments:
+            segment.digest_is_of = None
+            if segment.device is None:
+                segment.digest = None
 
     @property
     def is_as_it_came(self) -> bool:
@@ -248,8 +281,7 @@ class WeightStore:
         """
         copied = 0
         with as_memory():
-            if self._coming:  # nobody has used it; its memory is freed behind the copy
-                self.backend.transfer.wait(self._mark)
+            if not self.is_here:  # nobody has used what is on its way
                 self._coming, self._away = [], []
             residents = {id(resident.tensor): resident for resident in self._residents}
             for segment in self._changed_segments():
@@ -278,11 +310,21 @@ class WeightStore:
                 copied += opaque.leave()
             self._away = []
             self._residents.clear()
-            for segment in self.segments:
-                segment.device = segment.digest = None
+            self._let_go()
             self._go_back_to_earlier()
             self.lay_out()
         return copied
+
+    def _let_go(self) -> None:
+        """Give the device's memory back."""
+        if self._check is None:
+            self.backend.transfer.settle()
+        for segment in self.segments:
+            segment.device = None
+            if segment.digest_is_of is None:
+                segment.digest = None
+        self._check = None
+        self.is_here = False
 
     def _go_back_to_earlier(self) -> None:
         """A component that was cast for its work, and back, is laid out as before it."""
@@ -293,21 +335,26 @@ class WeightStore:
                 self._layout = earlier
 
     def _changed_segments(self) -> list[Segment]:
-        watched = [s for s in self.segments if s.device is not None and s.digest is not None]
-        before = [s.digest for s in watched if s.digest is not None]
-        after = [digest_of(s.device) for s in watched if s.device is not None]
+        """What has to come home. The host waits until the device has done with it."""
+        if not self._residents:
+            return []
+        self.check()
+        assert self._check is not None
+        watched, differs = self._check
         changed = {
             id(r.segment)
             for r in self._residents
             if version_of(r.tensor) != r.version and is_same_place(r.tensor, r.moved)
         }
-        changed |= {
-            id(s) for s, differs in zip(watched, differing(before, after), strict=True) if differs
-        }
+        if differs is not None:
+            with self.backend.transfer.checked():
+                found = differs.tolist()
+            changed |= {id(s) for s, differ in zip(watched, found, strict=True) if differ}
         return [s for s in self.segments if s.device is not None and id(s) in changed]
 
     def _bring_home(self, segment: Segment) -> None:
         assert segment.device is not None
+        segment.digest_is_of = None
         for piece in segment.pieces:
             piece.host.copy_(segment.device[piece.offset : piece.offset + piece.nbytes])
 
@@ -354,16 +401,26 @@ class WeightStore:
     def settle(self, segment: Segment) -> None:
         """Give a segment one slab of host memory, page-locked if the backend can.
 
-        The tensors' old host memory is let go, so that host memory does not grow by more than a
-        segment.
+        A large piece stays where it is. Others are gathered, and their old host memory is let go,
+        so that host memory does not grow by more than a segment.
         """
         with as_memory():
+            (first, *others) = segment.pieces
+            if not others and first.is_alone and self._pin(segment, first.host):
+                segment.is_in_place = True
+                return
             slab = _host_slab(segment.nbytes)
             self._rehouse({id(p): slab[p.offset : p.offset + p.nbytes] for p in segment.pieces})
-            segment.slab = slab
-            if self.backend.pin(slab):
-                segment.unpin = weakref.finalize(segment, self.backend.unpin, slab)
-                segment.unpin.atexit = False
+            if not self._pin(segment, slab):
+                segment.slab = slab
+
+    def _pin(self, segment: Segment, slab: torch.Tensor) -> bool:
+        if not self.backend.pin(slab):
+            return False
+        segment.slab = slab
+        segment.unpin = weakref.finalize(segment, self.backend.unpin, slab)
+        segment.unpin.atexit = False
+        return True
 
     def settle_all(self) -> None:
         """Settle every segment."""
@@ -376,6 +433,9 @@ class WeightStore:
         with as_memory():
             for segment in self.segments:
                 if segment.slab is None:
+                    continue
+                if segment.is_in_place:
+                    self._unpin(segment)
                     continue
                 storages: dict[Origin, list[Piece]] = {}
                 for piece in segment.pieces:
@@ -390,9 +450,13 @@ class WeightStore:
                             for p in pieces
                         }
                     )
-                if segment.unpin is not None:
-                    segment.unpin()
-                segment.slab = segment.unpin = None
+                self._unpin(segment)
+
+    def _unpin(self, segment: Segment) -> None:
+        if segment.unpin is not None:
+            segment.unpin()
+        segment.slab = segment.unpin = None
+        segment.is_in_place = False
 
     def _rehouse(self, targets: dict[int, torch.Tensor]) -> None:
         """Move pieces (by id) of host memory to other bytes."""
@@ -402,6 +466,11 @@ class WeightStore:
         moved = self._layout.move(targets)
         for resident in self._residents:
             resident.master = moved.get(id(resident.tensor), resident.master)
+
+
+def _is_known(segment: Segment, masters: object) -> bool:
+    """Whether the segment's digest was taken already, of the same masters."""
+    return masters is not None and segment.digest_is_of is masters and segment.digest is not None
 
 
 _PAGE = 4096  # bytes

@@ -1,11 +1,14 @@
-"""Copies to one device, on a stream of their own.
+"""Copies to one device, on a stream of their own, and what reads the copies.
 
-Note [Order on the streams]: slabs are allocated, read and freed on the current stream of the thread
-that runs the pipeline, and written on `h2d_stream`. `begin()` makes the copies wait for what is
-queued on the current stream, whose kernels may still read memory that was freed and is now
-allocated again. `wait()` makes the current stream wait for a copy. So every copy is between its
-allocation and its first reader, memory is freed behind its last reader, and the host waits for
-nothing. If copies are given up half-way, `wait()` puts them before the freeing.
+Note [Order on the streams]: a copy is allocated and written on `h2d_stream`, in whose pool its
+memory stays. `watch_stream` reads it as it arrives, `check_stream` when it has been used, to tell
+whether it has changed; in between, the current stream of the thread that runs the pipeline computes
+with it. `mark()` is a point behind the copies so far and their first digests, and `wait()` makes
+the current stream wait for it, so that nothing runs before its weights, or changes them unseen.
+Memory is given back when the host knows that nobody reads it any more (it has read the last digest,
+which comes after the last kernel), or behind `settle()`, which makes `h2d_stream` wait for
+everybody. The host itself never waits for a copy. Arrivals and departures have streams of their
+own, since what has arrived last may be waited for long after something else may leave.
 """
 
 from __future__ import annotations
@@ -25,18 +28,25 @@ class Transfer:
         self._module: Any = torch.get_device_module(device)
         self._device = device
         self._h2d_stream: Any = None
+        self._watch_stream: Any = None
+        self._check_stream: Any = None
         self._timed: tuple[Any, Any, int] | None = None
 
     def begin(self) -> None:
-        """Copies from now on come after what the current stream has queued."""
+        """Have streams, where the device has any."""
         if self._h2d_stream is None and hasattr(self._module, "Stream"):
             self._h2d_stream = self._module.Stream(device=self._device)
-        if self._h2d_stream is not None:
-            self._h2d_stream.wait_stream(self._module.current_stream(self._device))
+            self._watch_stream = self._module.Stream(device=self._device)
+            self._check_stream = self._module.Stream(device=self._device)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Device memory to copy to: uint8, of `nbytes` bytes."""
+        with self._on(self._h2d_stream):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy host memory to the device; the host goes on at once if `source` is page-locked."""
-        with self._on_h2d_stream():
+        with self._on(self._h2d_stream):
             is_to_be_timed = (
                 self._timed is None
                 and self._h2d_stream is not None
@@ -60,21 +70,37 @@ class Transfer:
         event.record(self._h2d_stream)
         return event
 
+    def on_arrival(self) -> Any:
+        """A context: what is done inside comes after the copies so far, beside everything else."""
+        if self._watch_stream is not None:
+            self._watch_stream.wait_stream(self._h2d_stream)
+        return self._on(self._watch_stream)
+
+    def after_use(self) -> Any:
+        """A context: what is done inside comes after the current stream's work, beside the rest."""
+        if self._check_stream is not None:
+            self._check_stream.wait_stream(self._module.current_stream(self._device))
+        return self._on(self._check_stream)
+
+    def checked(self) -> Any:
+        """A context: what is done inside comes after all that was done `after_use`."""
+        return self._on(self._check_stream)
+
     def mark(self) -> Any:
-        """The point that the copies so far lead up to, for `wait`."""
-        return None if self._h2d_stream is None else self._h2d_stream.record_event()
+        """The point that copies and digests so far lead up to, for `wait`."""
+        return None if self._watch_stream is None else self._watch_stream.record_event()
 
-    def wait(self, mark: Any = None) -> None:
-        """What the current stream does from now on comes after the copies so far, or to a mark."""
-        if self._h2d_stream is None:
-            return
-        current = self._module.current_stream(self._device)
-        if mark is None:
-            current.wait_stream(self._h2d_stream)
-        else:
-            current.wait_event(mark)
+    def wait(self, mark: Any) -> None:
+        """What the current stream does from now on comes after the mark."""
+        if mark is not None:
+            self._module.current_stream(self._device).wait_event(mark)
 
-    def _on_h2d_stream(self) -> Any:
-        if self._h2d_stream is None:
-            return contextlib.nullcontext()
-        return self._module.stream(self._h2d_stream)
+    def settle(self) -> None:
+        """Copies from now on come after all that is queued, and may reuse its memory."""
+        if self._h2d_stream is not None:
+            self._h2d_stream.wait_stream(self._watch_stream)
+            self._h2d_stream.wait_stream(self._check_stream)
+            self._h2d_stream.wait_stream(self._module.current_stream(self._device))
+
+    def _on(self, stream: Any) -> Any:
+        return contextlib.nullcontext() if stream is None else self._module.stream(stream)
