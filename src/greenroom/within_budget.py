@@ -129,6 +129,10 @@ class WithinBudget:
             stream.wait_stream(self._stream)
             self.send_all_home()
         self._stream = stream
+        self._send_replaced_home()
+
+    def _send_replaced_home(self) -> None:
+        """Parts that use other memory than they were given go home: it is in no account."""
         for part in list(self._parts):
             if not part.store.is_as_it_came:
                 self.send_home(part)
@@ -152,6 +156,7 @@ class WithinBudget:
             logger.info("%d steps were not as planned: learning anew", director.deviations)
             del self._plans[self._key]
             return
+        self._send_replaced_home()  # the decoder, cast for its work, say
         orders = director.end_call()
         self._carry_out(orders, ())
         self._send_unsent()

@@ -118,8 +118,26 @@ class Director:
         if self.position == last >= 0:  # it was not cut short, and did not end elsewhere
             self._loosen(last + 1)
             self._fresh.clear()  # the host has seen the end of the call
-            self._fetch_ahead(last, arrived, out, room_at=last + 1)
+            self._fetch_ahead(last, arrived, out, room_at=last + 1, most=self._urgent_nbytes())
         return Orders(tuple(out), tuple(arrived))  # none is in both: nothing is given up by force
+
+    def _urgent_nbytes(self) -> float:
+        """How much of what the next call needs has to be there when it begins.
+
+        The rest can be fetched while it computes, as Note [What is fetched ahead] says: a pause
+        between two calls is no loss then, and no pause is none either.
+        """
+        plan = self.plan
+        seconds, nbytes, urgent = 0.0, 0, 0.0
+        seen = set(self.resident)
+        for step in plan.steps:
+            for name in step.needs:
+                if name not in seen:
+                    seen.add(name)
+                    nbytes += self._size(name)
+                    urgent = max(urgent, nbytes - seconds * plan.costs.h2d_bytes_per_s)
+            seconds += step.seconds or 0.0
+        return urgent
 
     def gone(self, names: Iterable[str]) -> None:
         """Parts left the device by somebody else's decision, or never came."""
@@ -206,14 +224,20 @@ class Director:
         return out
 
     def _fetch_ahead(
-        self, position: int, arrived: list[str], out: list[str], *, room_at: int | None = None
+        self,
+        position: int,
+        arrived: list[str],
+        out: list[str],
+        *,
+        room_at: int | None = None,
+        most: float = float("inf"),
     ) -> None:
         steps, resident = self.plan.steps, self.resident
         count = len(steps)
         now = position if room_at is None else room_at
         room = self.plan.rooms[self.plan.phase_at(now) % len(self.plan.rooms)]
         ahead = max(self._horizon, position + 1)
-        while ahead < position + count:
+        while ahead < position + count and most > 0:
             needs = steps[ahead if ahead < count else ahead - count].needs
             missing = [name for name in needs if name not in resident]
             loose = [name for name in needs if name in self._loose] if self._loose else ()
@@ -228,6 +252,7 @@ class Director:
                 for name in missing:
                     self._join(name)
                 arrived += missing
+                most -= coming
             ahead += 1
         self._horizon = ahead
 

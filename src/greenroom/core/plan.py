@@ -42,6 +42,7 @@ class Plan:
     drops: Mapping[int, tuple[str, ...]]
     phases: tuple[Phase, ...]
     rooms: tuple[int, ...]  # bytes for weights in each phase
+    costs: Costs
     streamed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # by phase's begin
 
     def room(self, position: int | None) -> int:
@@ -114,19 +115,19 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], budget: int, cost
         for phase, room in zip(found, rooms, strict=True)
     ]
     short = [steps[i] for i in _folded(found)]
-    call = _Call(short, sizes, budget, phases(short), rooms)
+    call = _Call(short, sizes, budget, phases(short), rooms, costs)
     within = frozenset(
         (i, offset, name)
         for i, (phase, flows) in enumerate(zip(found, streams, strict=True))
         for offset, name in _ends(steps, phase, flows)
     )
-    trials = _Trials(call, costs)
+    trials = _Trials(call)
     for weighing in _WEIGHINGS if len(found) > 1 else _WEIGHINGS[: len(found)]:
         spare = _spare(call, streams, weighing.share)
         trials.consider(_Drops(within, _given_up_between(call, streams, spare, weighing.late)))
     trials.consider(_Drops(within, frozenset()))  # only what presses
     trials.improve()
-    return _plan(_Call(steps, sizes, budget, found, rooms), trials.best, streams)
+    return _plan(_Call(steps, sizes, budget, found, rooms, costs), trials.best, streams)
 
 
 _Drop = tuple[int, int, str]  # phase, offset in its round, part
@@ -149,14 +150,14 @@ class _Call:
     budget: int
     phases: Sequence[Phase]
     rooms: Sequence[int]
+    costs: Costs
 
 
 class _Trials:
     """Tries what may be given up in a call whose loops go round a few times, and keeps the best."""
 
-    def __init__(self, call: _Call, costs: Costs) -> None:
+    def __init__(self, call: _Call) -> None:
         self._call = call
-        self._costs = costs
         self._left = _MOST_STEPS
         self._seen: set[_Drops] = set()
         self.best = _Drops(frozenset(), frozenset())
@@ -169,7 +170,7 @@ class _Trials:
             return False
         self._seen.add(drops)
         self._left -= 2 * len(self._call.steps)
-        both = run(_plan(self._call, drops), self._costs, calls=2)
+        both = run(_plan(self._call, drops), self._call.costs, calls=2)
         seconds = sum(call.seconds for call in both)
         nbytes = sum(call.h2d_nbytes for call in both)
         least, fewest = self._least
@@ -262,6 +263,7 @@ def _plan(call: _Call, chosen: _Drops, streams: Sequence[set[str]] = ()) -> Plan
         {position: tuple(names) for position, names in drops.items()},
         tuple(call.phases),
         tuple(call.rooms),
+        call.costs,
         {p.begin: tuple(sorted(s)) for p, s in zip(call.phases, streams, strict=False) if s},
     )
 
@@ -370,6 +372,7 @@ def _round(
         {i: tuple(names) for i, names in drops.items()},
         (phase,),
         (capacity,),
+        costs,
     )
     ends = simulate(plan, costs).ends
     return ends[-1] - ends[2 * phase.length - 1]

@@ -183,17 +183,19 @@ class WeightStore:
 
     def arrive(self) -> None:
         """Let the module use what was sent; the current stream waits for it, not the host."""
+        if any(not is_same_place(t, self._layout.homes[id(t)].master) for t, _, _ in self._coming):
+            self.offload()  # it was cast, or replaced, meanwhile: what was sent is of no use
+            self.send()
         with as_memory():
             self.backend.transfer.wait(self._mark)
             changed: dict[int, Segment] = {}
             for tensor, version, sent in self._coming:
                 home = self._layout.homes[id(tensor)]
-                copy = sent
-                if version_of(tensor) != version or not is_same_place(tensor, home.master):
-                    copy = self._sent_again(tensor, sent)
+                if version_of(tensor) != version:  # it was changed at home meanwhile
+                    sent.copy_(tensor.data)
                     changed[id(home.segment)] = home.segment
                 master = tensor.data
-                tensor.data = copy
+                tensor.data = sent
                 self._residents.append(
                     Resident(tensor, master, tensor.data, version_of(tensor), home.segment)
                 )
@@ -206,12 +208,6 @@ class WeightStore:
                     segment.digest_is_of = None
             for opaque in self._away:
                 opaque.enter()
-
-    def _sent_again(self, tensor: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
-        """A tensor that was changed at home while it was on its way."""
-        if is_same_kind(tensor, sent):
-            return sent.copy_(tensor.data)
-        return tensor.data.to(self.backend.device)
 
     def _copy(self, segment: Segment) -> None:
         assert segment.device is not None
