@@ -8,15 +8,12 @@ might.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import os
-import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import dry
 
 CASES = (
     ("sdxl", "rtx-4090"),
@@ -26,7 +23,6 @@ CASES = (
     ("wan2.2", "h200"),
 )
 WAYS = ("resident", "diffusers", "greenroom")
-DOES_NOT_FIT = 3  # exit status of a measuring process
 
 
 # ---- in a process of its own
@@ -35,34 +31,14 @@ DOES_NOT_FIT = 3  # exit status of a measuring process
 
 def measure(name: str, profile: str, way: str, calls: int, capacity: str | None) -> dict[str, Any]:
     """Enable one way and call the pipeline a few times."""
-    import diffusers
-
     import greenroom
-    import greenroom.sim as sim
-    from greenroom import zoo
 
-    warnings.simplefilter("ignore")
-    diffusers.utils.logging.set_verbosity_error()
-    sim.configure(profile, capacity=capacity, dry_above="1MiB")
-    pipe = zoo.full(name)
-    pipe.set_progress_bar_config(disable=True)
-    enable = {
-        "resident": lambda: pipe.to("sim"),
-        "diffusers": lambda: pipe.enable_model_cpu_offload(device="sim"),
-        "greenroom": lambda: greenroom.enable_model_cpu_offload(pipe, device="sim"),
-    }[way]
-    with sim.measure() as enabling:
-        enable()
-    measured = []
-    for _ in range(calls):
-        with sim.measure() as call:
-            pipe(**zoo.full_call_kwargs(name))
-        measured.append(call)
-    return {"enable": _plain(enabling), "calls": [_plain(call) for call in measured]}
-
-
-def _plain(cost: Any) -> dict[str, Any]:
-    return {**dataclasses.asdict(cost), "races": [str(race) for race in cost.races]}
+    ways: dict[str, dry.Enable] = {
+        "resident": lambda pipe: pipe.to("sim"),
+        "diffusers": lambda pipe: pipe.enable_model_cpu_offload(device="sim"),
+        "greenroom": lambda pipe: greenroom.enable_model_cpu_offload(pipe, device="sim"),
+    }
+    return dry.measure(dry.load(name, profile, capacity), name, ways[way], calls)
 
 
 # ---- all ways of one case
@@ -91,7 +67,8 @@ class Case:
         fits, capacity = True, None
         runs: list[dict[str, Any]] = []
         while len(runs) < self.repetitions:
-            found = self._in_fresh_process(way, capacity, seed=len(runs))
+            job = (self.name, self.profile, way, self.calls, capacity)
+            found = dry.in_fresh_process(__file__, *job, seed=len(runs))
             if found is not None:
                 runs.append(found)
             elif way == "resident" and capacity is None:
@@ -99,36 +76,16 @@ class Case:
                 fits, capacity = False, "1TiB"
             else:
                 return {"fits": False}
-        seconds = [[r["enable"]["seconds"], *(c["seconds"] for c in r["calls"])] for r in runs]
         return {
             "fits": fits,
             **runs[0],
-            "first_picture_s": sum(seconds[0][:2]),
+            "first_picture_s": runs[0]["enable"]["seconds"] + runs[0]["calls"][0]["seconds"],
             "repetitions": {
                 "count": self.repetitions,
                 "identical": all(run == runs[0] for run in runs),
-                "largest_spread_s": max(max(s) - min(s) for s in zip(*seconds, strict=True)),
+                "largest_spread_s": dry.largest_spread_s(runs),
             },
         }
-
-    def _in_fresh_process(self, way: str, capacity: str | None, seed: int) -> dict[str, Any] | None:
-        job = json.dumps([self.name, self.profile, way, self.calls, capacity])
-        child = subprocess.run(
-            [sys.executable, __file__, "--measure", job],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONHASHSEED": str(seed),
-                "TRANSFORMERS_VERBOSITY": "error",
-            },
-        )
-        if child.returncode == DOES_NOT_FIT:
-            return None
-        child.check_returncode()
-        found: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
-        return found
 
 
 def _compare(rows: dict[str, dict[str, Any]]) -> None:
@@ -230,7 +187,7 @@ def main() -> None:
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:
-        _measure_and_print(*json.loads(options.measure))
+        dry.answer(measure, options.measure)
         return
     from conditions import RESULTS, simulated, versions, write
 
@@ -254,15 +211,6 @@ def main() -> None:
     out = options.out or (None if options.only else RESULTS / "offload.json")
     if out is not None:
         write(out, result)
-
-
-def _measure_and_print(*job: Any) -> None:
-    import torch
-
-    try:
-        print(json.dumps(measure(*job)))
-    except torch.OutOfMemoryError:
-        sys.exit(DOES_NOT_FIT)
 
 
 if __name__ == "__main__":
