@@ -230,6 +230,21 @@ def execute(
     raise _ScriptRequest(path, arguments, is_module)
 
 
+@app.command()
+def doctor(device: Device = None, simulate: Simulate = None, as_json: Json = False) -> None:
+    """Look at this machine: devices, memory, the speed of the link, versions, and what is wrong.
+
+    Copies of up to 256 MiB are made and timed in both directions. Each trouble comes with what to
+    do about it. Exit codes: 0 nothing is wrong, 1 something is, 2 wrong usage.
+    """
+    with _sentences():
+        from .doctor import examine
+
+        examination = examine(device, simulate)
+    examination.print(as_json=as_json)
+    raise typer.Exit(0 if examination.is_sound else 1)
+
+
 def _simulate(card: str, capacity: str | None, devices: int) -> None:
     from . import sim
     from .errors import UsageError
