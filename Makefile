@@ -51,7 +51,7 @@ format: $(INSTALLED) ## repair what ruff can repair
 # The build needs no network, and fails if a page would.
 docs: $(INSTALLED) ## build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict $(ARGS)
-	@echo "wrote site/index.html"
+	@echo "wrote site/index.html; its search needs a server: python3 -m http.server -d site"
 
 clean: ## remove builds and caches; .venv stays
 	rm -rf build dist site htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

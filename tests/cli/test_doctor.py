@@ -111,6 +111,25 @@ def test_what_cannot_be_pinned_is_left_out_of_the_table(
     assert report["page_locking"]["bytes_per_s"] is None
 
 
+def test_a_kind_of_device_without_page_locking_or_streams_is_no_trouble(
+    greenroom_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backend, "can_pin", False)
+    monkeypatch.setattr(Backend, "current_stream", lambda *_: None)
+    done = greenroom_command("doctor", "--device", "sim", "--json")
+    assert done.code == 0
+    report = found(done)
+    assert report["page_locking"] is None and report["link"]["h2d_pinned_bytes_per_s"] > 0
+    assert "page-locking where it lies" not in greenroom_command("doctor", "--device", "sim").out
+
+
+def test_the_chosen_one_of_several_devices_is_measured(greenroom_command: Command) -> None:
+    report = found(greenroom_command("doctor", "--device", "sim:1", "--json"))
+    assert report["device"] == "sim:1"
+    assert [device["device"] for device in report["devices"]] == ["sim:0", "sim:1"]
+    assert (sim.counters(0).h2d_copies, sim.counters(1).h2d_copies > 0) == (0, True)
+
+
 @pytest.mark.parametrize("fault", ["copy", "device_alloc"])
 def test_a_device_that_fails_is_told_of_with_its_own_words(
     fault: str, greenroom_command: Command, monkeypatch: pytest.MonkeyPatch

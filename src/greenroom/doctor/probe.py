@@ -5,6 +5,7 @@ Copies are timed by events of the device: on a simulated one they tell virtual t
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -50,8 +51,7 @@ def look(device: str | None = None, simulate: str | None = None) -> Facts:
         return Facts(host, **known)
     place = find_place(device, simulate)
     devices = [
-        _describe(torch.device(place.device.type, index))
-        for index in range(torch.accelerator.device_count())
+        _describe(torch.device(place.device.type, index)) for index in range(_device_count(place))
     ]
     known.update(device=str(place.device), simulated=place.profile, devices=devices)
     try:
@@ -102,6 +102,12 @@ def _seconds_to_copy(place: Place, target: torch.Tensor, source: torch.Tensor) -
     taken = []
     for _ in range(1 if place.is_simulated else _REPEATS):
         backend.synchronize()
+        if backend.current_stream() is None:  # such a device has no events to time by either
+            start = time.perf_counter()
+            target.copy_(source)
+            backend.synchronize()
+            taken.append(time.perf_counter() - start)
+            continue
         began = backend.record_time()
         target.copy_(source, non_blocking=True)  # holds the host if one is pageable
         ended = backend.record_time()
@@ -110,9 +116,11 @@ def _seconds_to_copy(place: Place, target: torch.Tensor, source: torch.Tensor) -
     return float(min(taken))
 
 
-def measure_page_locking(place: Place, nbytes: int) -> PageLocking:
-    """The speed at which memory is page-locked where it lies."""
+def measure_page_locking(place: Place, nbytes: int) -> PageLocking | None:
+    """The speed at which memory is page-locked where it lies; None for devices without that."""
     backend = Backend(place.device)
+    if not backend.can_pin:
+        return None
     clock = _clock(place)
     memory = torch.empty(nbytes, dtype=torch.uint8).fill_(1)  # so that there are pages to lock
     backend.synchronize()
@@ -145,11 +153,18 @@ def _room(place: Place, host: Host) -> int:
 # ---- devices and software
 
 
+def _device_count(place: Place) -> int:
+    module: Any = torch.get_device_module(place.device)
+    return int(module.device_count()) if hasattr(module, "device_count") else 1
+
+
 def _describe(device: torch.device) -> Device:
     module: Any = torch.get_device_module(device)
     free = total = None
-    if hasattr(module, "mem_get_info"):
-        free, total = map(int, module.mem_get_info(device))
+    # One that somebody has for himself alone does not tell; measuring it will say why.
+    with contextlib.suppress(RuntimeError):
+        if hasattr(module, "mem_get_info"):
+            free, total = map(int, module.mem_get_info(device))
     name = module.get_device_name(device) if hasattr(module, "get_device_name") else device.type
     return Device(str(device), str(name), free, total)
 
