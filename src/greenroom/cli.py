@@ -234,7 +234,20 @@ def execute(
 
 
 @app.command(short_help="Look at this machine, measure its link, say what is wrong.")
-def doctor(device: Device = None, simulate: Simulate = None, as_json: Json = False) -> None:
+def doctor(
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="What to measure, as torch names it: cuda, cuda:1, sim. Else the machine's "
+            "accelerator; that there is none is a trouble."
+        ),
+    ] = None,
+    simulate: Annotated[
+        str | None,
+        typer.Option(metavar="CARD", help="Measure this card, simulated: rtx-4090, h200 ..."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Look at this machine: devices, memory, the speed of the link, versions, and what is wrong.
 
     Copies of up to 256 MiB are made and timed in both directions. Each trouble comes with what to
