@@ -21,7 +21,7 @@ is_whole      := import csv, importlib.metadata as m, os, sys; sys.exit(not all(
   if not row[0].endswith(".pyc")))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu lint format clean compiler
+.PHONY: help demo test test-gpu lint format docs clean compiler
 
 help: ## list these targets
 	@echo 'usage: make TARGET [ARGS="..."] [PYTHON=python3.12]'
@@ -48,8 +48,13 @@ format: $(INSTALLED) ## repair what ruff can repair
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
+# The build needs no network, and fails if a page would.
+docs: $(INSTALLED) ## build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict $(ARGS)
+	@echo "wrote site/index.html; its search needs a server: python3 -m http.server -d site"
+
 clean: ## remove builds and caches; .venv stays
-	rm -rf build dist htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site htmlcov .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 compiler:

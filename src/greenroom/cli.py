@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain text: paragraphs wrap, and errors are one sentence
-    add_completion=False,
+    add_completion=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -53,13 +53,15 @@ def _print_version(is_wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print it."),
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
-@app.command()
+@app.command(short_help="Answer a prompt with a pipeline too large for the device.")
 def run(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL_DIR", help="A folder with a diffusers pipeline.")
@@ -138,7 +140,7 @@ def run(
     raise typer.Exit(0 if report.is_sound else 1)
 
 
-@app.command()
+@app.command(short_help="Draw a picture in several ways of offloading, and compare.")
 def demo(
     prompt: Annotated[
         str,
@@ -184,6 +186,7 @@ def demo(
 
 @app.command(
     "exec",
+    short_help="Run a script, unchanged, with greenroom behind its offloading.",
     context_settings={
         "allow_extra_args": True,
         "ignore_unknown_options": True,
@@ -228,6 +231,34 @@ def execute(
 
         install()
     raise _ScriptRequest(path, arguments, is_module)
+
+
+@app.command(short_help="Look at this machine, measure its link, say what is wrong.")
+def doctor(
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="What to measure, as torch names it: cuda, cuda:1, sim. Else the machine's "
+            "accelerator; that there is none is a trouble."
+        ),
+    ] = None,
+    simulate: Annotated[
+        str | None,
+        typer.Option(metavar="CARD", help="Measure this card, simulated: rtx-4090, h200 ..."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Look at this machine: devices, memory, the speed of the link, versions, and what is wrong.
+
+    Copies of up to 256 MiB are made and timed in both directions. Each trouble comes with what to
+    do about it. Exit codes: 0 nothing is wrong, 1 something is, 2 wrong usage.
+    """
+    with _sentences():
+        from .doctor import examine
+
+        examination = examine(device, simulate)
+    examination.print(as_json=as_json)
+    raise typer.Exit(0 if examination.is_sound else 1)
 
 
 def _simulate(card: str, capacity: str | None, devices: int) -> None:

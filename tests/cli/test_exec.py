@@ -192,6 +192,6 @@ def test_both_ways_to_call_it_are_the_same_and_say_how_to_use_it(tmp_path: Path)
     for command in ([script], [sys.executable, "-m", "greenroom"]):
         code, out, err = run(command, "--help", cwd=tmp_path)
         assert (code, err) == (0, "")
-        assert all(f"\n  {name} " in out for name in ("run", "demo", "exec"))
+        assert all(f"\n  {name} " in out for name in ("run", "demo", "exec", "doctor"))
         assert run(command, "no-such-command", cwd=tmp_path)[0] == 2
         assert run(command, "--version", cwd=tmp_path)[1].startswith("greenroom 0.")

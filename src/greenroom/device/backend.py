@@ -79,6 +79,11 @@ class Backend:
             return None
         return self._module.current_stream(self.device)
 
+    @property
+    def can_pin(self) -> bool:
+        """Whether `pin` is known for this kind of device at all."""
+        return self.device.type in ("cuda", "sim")
+
     def pin(self, memory: torch.Tensor) -> bool:
         """Page-lock a CPU tensor's memory where it lies; False where that cannot be done."""
         if self.device.type == "cuda":

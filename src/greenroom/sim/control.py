@@ -26,10 +26,12 @@ _PICO = 1e-12
 class Race:
     """Two operations that touch the same bytes with nothing that orders them.
 
-    kind: ``"unordered-read"`` (reads bytes whose write may not have happened), ``"unordered-
-        write"`` (overwrites bytes that others may still use), ``"unordered-free"`` (frees them),
-        ``"host-write"`` (the host changed a pinned source in flight).
-    stream: index on the device of the later operation's stream; -1 is the host.
+    Attributes:
+        kind: ``"unordered-read"`` (reads bytes whose write may not have happened),
+            ``"unordered-write"`` (overwrites bytes that others may still use),
+            ``"unordered-free"`` (frees them), ``"host-write"`` (the host changed a pinned source in
+            flight).
+        stream: index on the device of the later operation's stream; -1 is the host.
     """
 
     kind: str
@@ -55,10 +57,11 @@ class Race:
 class Cost:
     """What a stretch of a program cost on one device. Seconds are virtual.
 
-    peak_bytes: most device memory in use at once, freed blocks that the allocator holds back for a
-        recorded stream included.
-    peak_reserved_bytes: the same with the allocator's cache.
-    busy: seconds that the compute units and each copy engine worked.
+    Attributes:
+        peak_bytes: most device memory in use at once, freed blocks that the allocator holds back
+            for a recorded stream included.
+        peak_reserved_bytes: the same with the allocator's cache.
+        busy: seconds that the compute units and each copy engine worked.
     """
 
     seconds: float = 0.0
