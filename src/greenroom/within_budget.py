@@ -179,7 +179,17 @@ class WithinBudget:
             if enters:
                 self._inside.append(part.key)
         assert self.director is not None
-        self._carry_out(self.director.begin(step), step.needs)
+        orders = self.director.begin(step)
+        self.engine.log.needs(
+            part.key,
+            step.needs,
+            opens=enters,
+            moves=bool(orders.offload or orders.onload),
+            every=self._records is not None,
+            beside_nbytes=self._expected_beside(),
+        )
+        self._carry_out(orders, step.needs)
+        self.engine.log.runs()
         self._now = step
         if self._records is not None:
             self.engine.backend.restart_peak()
@@ -223,12 +233,10 @@ class WithinBudget:
 
     def _carry_out(self, orders: Orders, needs: tuple[str, ...]) -> None:
         for name in orders.offload:
-            logger.debug("offload %s", name)
             self.engine.part(name).go_home()
         unsent = list(orders.onload)
         try:
             while unsent:
-                logger.debug("onload %s", unsent[0])
                 part = self.engine.part(unsent[0])
                 part.store.settle_all()
                 part.send()
@@ -248,6 +256,13 @@ class WithinBudget:
             record.ended = self.engine.backend.record_time()
             peak = self.engine.backend.restart_peak()
             record.beside_nbytes = max(0, peak - self.director.resident_nbytes)
+            self.engine.log.took(record.beside_nbytes)
+
+    def _expected_beside(self) -> int | None:
+        """What the step that runs took besides weights when it was measured."""
+        if self.director is None or not 0 <= self.director.position < len(self.director.plan.steps):
+            return None
+        return self.director.plan.steps[self.director.position].beside_nbytes
 
     def _measured(self) -> list[Step]:
         self.engine.backend.synchronize()

@@ -63,6 +63,8 @@ class WeightStore:
         self._away: list[Opaque] = []
         self._coming: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # sent: version, copy
         self._mark: Any = None
+        #: The points, on the copies' stream, between which the latest copies lie.
+        self.journey: tuple[Any, Any] = (None, None)
 
     # ---- layout
 
@@ -75,6 +77,11 @@ class WeightStore:
     def nbytes(self) -> int:
         """Bytes on the device when resident."""
         return sum(segment.nbytes for segment in self.segments)
+
+    @property
+    def pinned_nbytes(self) -> int:
+        """Bytes of `nbytes` whose masters are page-locked."""
+        return sum(segment.nbytes for segment in self.segments if segment.unpin is not None)
 
     def lay_out(self) -> list[torch.Tensor]:
         """Bring the layout up to date with what the module holds; return its movable tensors.
@@ -162,6 +169,7 @@ class WeightStore:
                         self._watch(segment)
                 self._gather_digests()
                 self._mark = transfer.mark()
+                self.journey = (transfer.began, self._mark)
                 homes = self._layout.homes
                 self._coming = [(t, version_of(t), self._on_device(homes[id(t)])) for t in tensors]
                 self._away = [

@@ -26,6 +26,8 @@ class Transfer:
         self._device = device
         self._h2d_stream: Any = None
         self._timed: tuple[Any, Any, int] | None = None
+        #: The point, on the copies' stream, at which the latest copies begin.
+        self.began: Any = None
 
     def begin(self) -> None:
         """Copies from now on come after what the current stream has queued."""
@@ -33,6 +35,7 @@ class Transfer:
             self._h2d_stream = self._module.Stream(device=self._device)
         if self._h2d_stream is not None:
             self._h2d_stream.wait_stream(self._module.current_stream(self._device))
+            self.began = self._now()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy host memory to the device; the host goes on at once if `source` is page-locked."""
@@ -62,7 +65,7 @@ class Transfer:
 
     def mark(self) -> Any:
         """The point that the copies so far lead up to, for `wait`."""
-        return None if self._h2d_stream is None else self._h2d_stream.record_event()
+        return None if self._h2d_stream is None else self._now()
 
     def wait(self, mark: Any = None) -> None:
         """What the current stream does from now on comes after the copies so far, or to a mark."""
