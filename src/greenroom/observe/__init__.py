@@ -15,7 +15,7 @@ from typing import Any
 
 from .account import PartFacts, Report, make_report
 
-__all__ = ["Report", "report", "write_picture"]
+__all__ = ["Report", "report", "write_picture", "write_timeline"]
 
 
 def report(pipe: Any, call: int = -1) -> Report:
@@ -76,6 +76,25 @@ def write_picture(what: Any | Report | Mapping[str, Report], path: str | os.Path
     from .picture import draw
 
     draw(_reports(what), path)
+
+
+def write_timeline(what: Any | Report | Mapping[str, Report], path: str | os.PathLike[str]) -> None:
+    """Write a call's timeline: what was computed and copied when, and the memory in use.
+
+    >>> greenroom.observe.write_timeline(pipe, "timeline.html")  # a page; needs no network
+    >>> greenroom.observe.write_timeline(pipe, "timeline.json")  # for ui.perfetto.dev
+
+    Args:
+        what: as for `write_picture`.
+        path: a file that ends in ``.html`` or ``.json``.
+
+    Raises:
+        UsageError: as `report`; or the file has another ending.
+        OSError: the file cannot be written.
+    """
+    from .timeline import write
+
+    write(_reports(what), path)
 
 
 def _reports(what: Any) -> Mapping[str, Report]:

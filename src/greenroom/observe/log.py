@@ -105,7 +105,7 @@ class Log:
         self._nbytes = 0  # of all of it
         self._unused: set[str] = set()  # sent, and not used yet
         self._needs: tuple[str, ...] | None = None  # of what is being brought
-        self._has_moved = False  # since the peak was last read
+        self._is_other = False  # whether another component runs than before
         self._cause = "it was asked for"
 
     # ---- a call
@@ -174,8 +174,11 @@ class Log:
                     break
             else:
                 run.forwards += opens
+                if beside_nbytes is not None and beside_nbytes > (run.beside_nbytes or 0):
+                    run.beside_nbytes = beside_nbytes
                 return
-        if not every and run is not None and run.component != component:
+        self._is_other = run is None or run.component != component
+        if self._is_other:
             self._read_peak()
         call, stream = self._call(), self._backend.current_stream()
         run = self._run = _Run(part, component, self.now(), stream, int(opens))
@@ -194,7 +197,7 @@ class Log:
             is_waited_for = run.demanded or run.found_ahead or run.cleared is not None
             run.began = self.now() if is_waited_for else run.asked
             run.weights_nbytes = self._nbytes
-            if self._has_moved:
+            if self._is_other:
                 self._read_peak(is_alone=False)
 
     def is_at(self, part: str) -> bool:
@@ -240,7 +243,6 @@ class Log:
         self._nbytes += nbytes
         if is_ahead:
             self._unused.add(part)
-        self._has_moved = True
         self._call().note(
             _Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), (allocated, *journey), cause)
         )
@@ -260,7 +262,6 @@ class Log:
         if nbytes is None:
             return  # it was not there
         self.forget(part)
-        self._has_moved = True
         cause, ended = self._cause, self.now()
         if self._needs is not None and self._run is not None:
             cause = f"room for {self._run.part!r} and what follows it"
@@ -307,9 +308,6 @@ class Log:
         call = self._open
         if call is None or self._run is None or call.is_by_step:
             return
-        if is_alone and not self._has_moved and self._run.beside_nbytes is not None:
-            return
-        self._has_moved = False
         peak = self._backend.newest_peak()
         if peak is None:
             return
@@ -341,7 +339,11 @@ def _read(call: _Raw, device: str) -> Call:
             events.append(ran)
         else:
             events.append(entry.read(clock))
-    peak, run = call.peak or _summed_peak(call)
+    peak, run = summed = _summed_peak(call)
+    if call.peak is not None:
+        peak, run = call.peak  # of a component: in which of its runs that was, the sums tell
+        if summed[1] is not None and summed[1].component == run.component:
+            run = summed[1]
     return Call(
         call.pipeline,
         device,

@@ -8,26 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.units import format_bytes
 from .account import Report, seconds
-from .story import OTHERS, Bar, Story
+from .story import Bar, Story
+from .style import BESIDE, BESIDE_COLOUR, BUDGET_COLOUR, WAIT_COLOUR, WAITING, colours_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Okabe and Ito's colours, which people who see fewer colours can tell apart; ordered so that
-#: neighbours in a stack differ. https://jfly.uni-koeln.de/color/
-COLOURS = ("#E69F00", "#009E73", "#0072B2", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-BESIDE_COLOUR, OTHERS_COLOUR = "#C9CDD2", "#8A8F98"
-WAIT_COLOUR, BUDGET_COLOUR = "#E8A0A0", "#B00020"
-BESIDE = "besides weights"
 _LANES = ("compute", "to device", "to host")
-
-
-def colours_of(stories: Sequence[Story]) -> dict[str, str]:
-    """A colour for each component, the same in all of them."""
-    names = dict.fromkeys(name for story in stories for name in story.components)
-    plain = [name for name in names if name != OTHERS]
-    found = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(plain)}
-    return {**found, OTHERS: OTHERS_COLOUR}
 
 
 def draw(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
@@ -69,7 +56,7 @@ def draw(reports: Mapping[str, Report], path: str | os.PathLike[str]) -> None:
     if any(story.beside for story in stories.values()):
         handles.append(Patch(color=BESIDE_COLOUR, label=BESIDE))
     if any(story.waits for story in stories.values()):
-        handles.append(Patch(color=WAIT_COLOUR, label="waiting for weights"))
+        handles.append(Patch(color=WAIT_COLOUR, label=WAITING))
     figure.legend(
         handles=handles, loc="outside upper center", ncols=len(handles), frameon=False, fontsize=8
     )
@@ -98,10 +85,10 @@ def _draw_memory(
     axes: Axes, report: Report, colours: Mapping[str, str], time: float, memory: float
 ) -> None:
     story = report.story
-    begins, stack, beside = _stack(story)
+    stack = story.stack
     axes.stackplot(
-        [at / time for at in begins],
-        *[[nbytes / memory for nbytes in heights] for heights in (*stack, beside)],
+        [at / time for at in stack.at_s],
+        *[[nbytes / memory for nbytes in heights] for heights in (*stack.nbytes, stack.beside)],
         colors=[*(colours[name] for name in story.components), BESIDE_COLOUR],
         step="post",
         linewidth=0,
@@ -124,29 +111,6 @@ def _draw_memory(
     axes.set_axisbelow(False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def _stack(story: Story) -> tuple[list[float], list[list[int]], list[int]]:
-    """Moments, each component's bytes from each of them on, and those besides weights."""
-    levels, besides = list(story.levels), sorted(story.beside)
-    moments = sorted(
-        {level.at_s for level in levels}
-        | {at for begin, end, _ in besides for at in (begin, end)}
-        | {story.end_s}
-    )
-    stack: list[list[int]] = [[] for _ in story.components]
-    beside: list[int] = []
-    now, until = 0, 0
-    for at in moments:
-        while now + 1 < len(levels) and levels[now + 1].at_s <= at:
-            now += 1
-        while until < len(besides) and besides[until][1] <= at:
-            until += 1
-        for heights, name in zip(stack, story.components, strict=True):
-            heights.append(levels[now].nbytes.get(name, 0))
-        is_measured = until < len(besides) and besides[until][0] <= at
-        beside.append(besides[until][2] if is_measured else 0)
-    return moments, stack, beside
 
 
 def _draw_lanes(axes: Axes, story: Story, colours: Mapping[str, str], time: float) -> None:

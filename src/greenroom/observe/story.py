@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from .events import Call, Offloaded, Onloaded, Ran
 
@@ -20,6 +21,21 @@ class Level:
 
     at_s: float
     nbytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Device memory over time, of everything at the same moments.
+
+    Attributes:
+        at_s: the moments; each holds until the next.
+        nbytes: of weights, for each component.
+        beside: besides weights; 0 where it was not measured.
+    """
+
+    at_s: tuple[float, ...]
+    nbytes: tuple[tuple[int, ...], ...]
+    beside: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,6 +72,27 @@ class Story:
     h2d: tuple[Bar, ...]
     d2h: tuple[Bar, ...]
     end_s: float
+
+    @cached_property
+    def stack(self) -> Stack:
+        """All memory, one on the other."""
+        levels, besides = self.levels, sorted(self.beside)
+        moments = sorted(
+            {level.at_s for level in levels}
+            | {at for begin, end, _ in besides for at in (begin, end)}
+            | {self.end_s}
+        )
+        weights, beside = [], []
+        now = until = 0
+        for at in moments:
+            while now + 1 < len(levels) and levels[now + 1].at_s <= at:
+                now += 1
+            while until < len(besides) and besides[until][1] <= at:
+                until += 1
+            weights.append([levels[now].nbytes.get(name, 0) for name in self.components])
+            is_measured = until < len(besides) and besides[until][0] <= at
+            beside.append(besides[until][2] if is_measured else 0)
+        return Stack(tuple(moments), tuple(zip(*weights, strict=True)), tuple(beside))
 
 
 def story_of(call: Call, component_of: Callable[[str], str]) -> Story:
