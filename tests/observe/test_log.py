@@ -190,6 +190,22 @@ def test_the_last_few_calls_are_kept_and_no_more_than_so_many_events(
     assert (len(call.events), call.missed) == (3, 3)
 
 
+def test_a_call_can_be_looked_at_while_it_runs() -> None:
+    seen = []
+
+    class Looks(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(greenroom.report(pipe))
+            return super().forward(x)
+
+    pipe = Chain(first=wide(), second=Looks(1024, 1024))
+    greenroom.enable_model_cpu_offload(pipe, device="sim")
+    pipe(inputs())
+    (report,) = seen
+    assert (report.call.outcome, report.call.seconds) == ("running", None)
+    assert report.total.onloads == 2 and "running" in str(report)
+
+
 def test_a_pipeline_sees_its_own_calls() -> None:
     one, other = chain(), chain()
     one(inputs())
@@ -214,10 +230,11 @@ def test_each_decision_is_a_line_that_says_why(caplog: pytest.LogCaptureFixture)
     pipe = chain()
     with caplog.at_level(logging.DEBUG, "greenroom"):
         pipe(inputs())
-    moves = [m for m in caplog.messages if m.startswith(("onload", "offload"))]
-    assert moves == [
+    assert caplog.messages == [
+        "a call of Chain begins, without a budget",
         "onload first, 4194304 bytes: it is needed now",
         "offload first, 0 bytes copied home: room for 'second' and what follows it",
         "onload second, 4194304 bytes: it is needed now",
         "offload second, 0 bytes copied home: the call is over",
+        "the call of Chain returned",
     ]

@@ -112,6 +112,8 @@ class Log:
 
     def begin(self, pipeline: str, owner: object, budget: int | None) -> None:
         """A pipeline's call begins. `owner` tells one pipeline from another."""
+        within = "without a budget" if budget is None else f"within {budget} bytes"
+        logger.debug("a call of %s begins, %s", pipeline, within)
         self._open = self._begun(pipeline, weakref.ref(owner), budget)
         self.because("another call begins")
         self._backend.newest_peak()
@@ -137,6 +139,7 @@ class Log:
                 self._read_peak()
                 self._open.returned = self.now()
             self._backend.restore_peak()
+            logger.debug("the call of %s %s", self._open.pipeline, self._open.outcome)
         self._open, self._run, self._needs = None, None, None
         self.because("it was asked for")
 
@@ -327,7 +330,7 @@ def _read(call: _Raw, device: str) -> Call:
             return None
         try:
             return float(call.began.elapsed_time(event)) / 1e3
-        except RuntimeError:  # it was recorded while a graph was captured
+        except (RuntimeError, ValueError):  # it was recorded while a graph was captured
             return None
 
     events: list[Event] = []

@@ -114,12 +114,13 @@ def _draw_memory(
 
 
 def _draw_lanes(axes: Axes, story: Story, colours: Mapping[str, str], time: float) -> None:
+    solid: dict[str, Any] = {"linewidth": 0, "antialiased": False}  # no seams between two
     for lane, bars in enumerate((story.compute, story.h2d, story.d2h)):
         for name in dict.fromkeys(bar.component for bar in bars):
             mine = [bar for bar in bars if bar.component == name]
-            axes.broken_barh(_spans(mine, time), (lane - 0.4, 0.8), color=colours[name], lw=0)
+            axes.broken_barh(_spans(mine, time), (lane - 0.4, 0.8), color=colours[name], **solid)
     waits = _spans(list(story.waits), time)
-    axes.broken_barh(waits, (-0.4, 0.8), color=WAIT_COLOUR, lw=0)
+    axes.broken_barh(waits, (-0.4, 0.8), color=WAIT_COLOUR, **solid)
     axes.set_yticks(range(len(_LANES)), _LANES, fontsize=8)
     axes.set_ylim(len(_LANES) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)

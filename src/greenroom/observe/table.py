@@ -20,14 +20,17 @@ def table_of(report: Report) -> Group:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=False)
     table.add_column("component", no_wrap=True)
     for heading in ("weights", "forwards", "compute", "waited", "to device", "to host"):
-        table.add_column(heading, justify="right")
-    for heading in ("sent ahead", "on demand", "evicted", "page-locked"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("ahead", "on demand", "offloads", "pinned"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in report.components:
         table.add_row(row.name, *_cells(row))
     table.add_section()
     table.add_row("total", *_cells(total))
-    lines = [_peak(report)]
+    lines = [
+        "ahead: parts that were there or on their way when needed; pinned: of host memory",
+        _peak(report),
+    ]
     if report.efficiency is not None:
         lines.append(
             f"efficiency {report.efficiency:.1%}: at least {seconds(report.lower_bound_s)} are "
