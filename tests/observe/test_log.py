@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 import greenroom
 import greenroom.sim as sim
-from greenroom.observe.events import Onloaded, Ran
+from greenroom.observe.events import Offloaded, Onloaded, Ran
 from greenroom.observe.log import Log
 from greenroom.pipeline import hook_of, state_of
 
@@ -238,3 +239,61 @@ def test_each_decision_is_a_line_that_says_why(caplog: pytest.LogCaptureFixture)
         "offload second, 0 bytes copied home: the call is over",
         "the call of Chain returned",
     ]
+
+
+# ---- in step with what is there
+
+
+def there(pipe: Any) -> dict[str, int]:
+    """Bytes of the components that are on the device, or on their way there."""
+    components = {"first": pipe.first, "second": pipe.second}
+    stores = {name: hook_of(module).parts[0].store for name, module in components.items()}
+    return {
+        name: module.weight.nbytes
+        for name, module in components.items()
+        if module.weight.device.type == "sim" or stores[name]._coming
+    }
+
+
+@pytest.mark.parametrize("budget", [None, "5MiB", "6MiB", "9MiB", "64MiB"])
+def test_the_log_knows_what_is_on_the_device_whatever_fails(budget: str | None) -> None:
+    pipe = chain(budget=budget)
+    for nth in range(1, 12):
+        sim.fail("device_alloc", nth)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            pipe(inputs())
+        assert log_of(pipe)._resident == there(pipe)
+        call = call_of(pipe)
+        assert call.outcome in ("returned", "raised OutOfMemoryError")
+        now = dict(call.resident)
+        for event in call.events:
+            if isinstance(event, Onloaded):
+                assert event.part not in now
+                now[event.part] = event.nbytes
+            elif isinstance(event, Offloaded):
+                assert now.pop(event.part) == event.nbytes
+        assert now == there(pipe)
+    sim.reset()
+    pipe(inputs())
+    greenroom.offload_now(pipe)
+    assert log_of(pipe)._resident == there(pipe) == {}
+
+
+def test_what_is_sent_home_between_calls_takes_no_calls_place() -> None:
+    pipe = chain(budget="64MiB")
+    for _ in range(4):
+        pipe(inputs())
+        greenroom.offload_now(pipe)
+    assert [call_of(pipe, which).pipeline for which in (-1, -2, -3)] == ["Chain"] * 3
+
+
+def test_a_component_that_is_used_by_itself_for_long_keeps_what_came_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("greenroom.observe.log._MOST_EVENTS", 10)
+    pipe = {"one": wide(), "two": wide()}
+    greenroom.enable_model_cpu_offload(pipe, sequence="one->two", device="sim")
+    for _ in range(20):
+        pipe["two"](pipe["one"](inputs()))
+    call = greenroom.report(pipe).call
+    assert call.missed == 0 and 0 < len(call.events) <= 10

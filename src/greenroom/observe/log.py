@@ -16,10 +16,12 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..device.backend import Backend
 from .events import Call, Event, Offloaded, Onloaded, Ran
+
+if TYPE_CHECKING:
+    from ..device.backend import Backend
 
 logger = logging.getLogger("greenroom")
 
@@ -86,6 +88,16 @@ class _Raw:
     peak: tuple[int, _Run] | None = None
     is_by_step: bool = False  # somebody else measures the memory that each step takes
 
+    @property
+    def is_outside(self) -> bool:
+        """Whether it is what happens outside of all calls."""
+        return not self.pipeline
+
+    @property
+    def runs(self) -> list[_Run]:
+        """Those of its entries that ran."""
+        return [entry for entry in self.entries if isinstance(entry, _Run)]
+
     def note(self, entry: _Run | _Move) -> None:
         if len(self.entries) < _MOST_EVENTS:
             self.entries.append(entry)
@@ -119,6 +131,8 @@ class Log:
         self._backend.newest_peak()
 
     def _begun(self, pipeline: str, owner: Callable[[], object], budget: int | None) -> _Raw:
+        if self._calls and self._calls[-1].is_outside and not self._calls[-1].runs:
+            self._calls.pop()  # nobody will ask for it
         call = _Raw(pipeline, owner, budget, self.now(), dict(self._resident))
         self._calls.append(call)
         self._run, self._needs = None, None
@@ -232,6 +246,9 @@ class Log:
         self, part: str, nbytes: int, pinned_nbytes: int, allocated: Any, journey: tuple[Any, Any]
     ) -> None:
         """A part was sent; `journey` has the events of its first byte and its last."""
+        if nbytes == 0:  # it has no weights, or they are there
+            self._resident.setdefault(part, 0)
+            return
         is_ahead = self._needs is None or part not in self._needs
         cause = self._cause
         if is_ahead:
@@ -287,10 +304,7 @@ class Log:
             call
             for call in self._calls
             if call.owner() is owner
-            or (
-                not call.pipeline
-                and any(isinstance(entry, _Run) and entry.part in known for entry in call.entries)
-            )
+            or (call.is_outside and any(run.part in known for run in call.runs))
         ]
         try:
             call = found[which]
@@ -302,7 +316,8 @@ class Log:
     def _call(self) -> _Raw:
         if self._open is not None:
             return self._open
-        if not self._calls or self._calls[-1].pipeline:
+        last = self._calls[-1] if self._calls else None
+        if last is None or not last.is_outside or len(last.entries) >= _MOST_EVENTS:
             self._begun("", _nobody, None)
         return self._calls[-1]
 
