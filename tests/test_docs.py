@@ -17,7 +17,7 @@ import pytest
 import greenroom.sim  # noqa: F401  (so that every example starts on a fresh simulator)
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/simulator.md")
+PAGES = ("README.md", "docs/observe.md", "docs/simulator.md")
 NOT_RUN = "<!-- not run -->"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -113,7 +113,8 @@ class Call:
         device: where, as torch names it.
         budget: bytes that were granted; None: one component at a time.
         outcome: ``"returned"``, ``"raised ValueError"``, or ``"running"``.
-        seconds: from its begin until it returned. What is sent then for the next call is not in it.
+        seconds: from its begin until all of it was done. What is prepared then for the next call
+            (parts that are sent, host memory that is page-locked) is not in it.
         resident: bytes of what was on the device when it began, by part.
         peak_nbytes: most device memory in use. None where that was not measured: torch's own
             statistics are never restarted, so that on a GPU only a new maximum tells.
