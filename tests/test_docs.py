@@ -48,7 +48,10 @@ def blocks() -> list[pytest.param]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "line", "code"), blocks())
-def test_an_example_runs(page: str, line: int, code: str, tmp_path: Path) -> None:
+def test_an_example_runs(
+    page: str, line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what it writes
     if name := re.match(r"# (test_\w+\.py)\n", code):
         (tmp_path / name[1]).write_text(code, encoding="utf-8")
         done = subprocess.run(

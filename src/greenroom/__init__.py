@@ -9,8 +9,10 @@ weights wait in host memory, the green room, and are on the device only while th
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import observe
     from .drop_in import install, uninstall
     from .errors import GreenroomError, NoAcceleratorError, UsageError, WeightsError
+    from .observe import Report, report
     from .pipeline import (
         OffloadMixin,
         disable_model_cpu_offload,
@@ -22,13 +24,16 @@ __all__ = [
     "GreenroomError",
     "NoAcceleratorError",
     "OffloadMixin",
+    "Report",
     "UsageError",
     "WeightsError",
     "__version__",
     "disable_model_cpu_offload",
     "enable_model_cpu_offload",
     "install",
+    "observe",
     "offload_now",
+    "report",
     "uninstall",
 ]
 
@@ -37,9 +42,11 @@ __version__ = "0.1.0.dev0"
 _HOMES = {
     "GreenroomError": "errors",
     "NoAcceleratorError": "errors",
+    "Report": "observe",
     "UsageError": "errors",
     "WeightsError": "errors",
     "install": "drop_in",
+    "report": "observe",
     "uninstall": "drop_in",
 }
 
@@ -50,4 +57,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'greenroom' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "observe":
+        return import_module(".observe", __name__)
     return getattr(import_module(f".{_HOMES.get(name, 'pipeline')}", __name__), name)

@@ -169,7 +169,8 @@ def demo(
     """Draw what a prompt says, and compare greenroom with diffusers' ways of offloading.
 
     The pipeline is a small SDXL whose trained weights come with greenroom: nothing is downloaded.
-    It draws plain shapes, 64 x 64 pixels, and most prompts come out right.
+    It draws plain shapes, 64 x 64 pixels, and most prompts come out right. Beside the picture it
+    writes another one, of device memory over time.
     """
     # The model is small: OpenMP's waiting threads would cost more than they save. torch reads it
     # when it is imported, which is below.

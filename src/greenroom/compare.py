@@ -77,6 +77,7 @@ def compare(
     place: Place,
     *,
     calls: int | Mapping[str, int] = 1,
+    watch: Callable[[str, Any], None] | None = None,
 ) -> Iterator[tuple[Row, Answer | None]]:
     """Put the question in each way, to a pipeline of its own; rows come with the last answer.
 
@@ -88,17 +89,23 @@ def compare(
         question: what is asked.
         place: where.
         calls: how often each pipeline is asked; or by the ways' names, once where one is missing.
+        watch: is given each way's name, and the pipeline that has answered in it.
     """
     reference: Answer | None = None
     for name, enable in ways.items():
         place.prepare()
         times = calls if isinstance(calls, int) else calls.get(name, 1)
+        pipe = None
         try:
-            row, answers = _measure(name, enable, load(), question, place, times)
+            pipe = load()
+            row, answers = _measure(name, enable, pipe, question, place, times)
+            if watch is not None:
+                watch(name, pipe)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             row, answers = Row(name, fits=False), []
+        del pipe
         gc.collect()  # a pipeline and its hooks hold each other
         if answers:
             is_first, reference = reference is None, reference or answers[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .compare import TWO_WAYS, Way
+from .compare import GREENROOM, TWO_WAYS, Way
 from .pipeline import enable_model_cpu_offload
 from .zoo.shapes import SHAPES
 
@@ -63,6 +63,12 @@ WAYS: Mapping[str, Way] = {
     "group offload, leaves": _leaves,
     **TWO_WAYS,
     WITHIN_BUDGET: _within_budget,
+}
+
+#: What the picture of device memory shows, by title. The ways are greenroom's, which keeps a log.
+WATCHED: Mapping[str, str] = {
+    GREENROOM: "greenroom, one component at a time",
+    WITHIN_BUDGET: f"greenroom, budget {BUDGET // 2**20} MiB",
 }
 
 #: Two where the second call differs from the first, or is expected to.

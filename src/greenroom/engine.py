@@ -23,6 +23,7 @@ from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed,
 from .core.pinning import PinningAllowance
 from .core.trace import Step
 from .device.backend import Backend
+from .observe.log import Log
 from .within_budget import WithinBudget
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Engine:
         self.device = device
         self.backend = Backend(device)
         self.machine = Machine()
+        self.log = Log(self.backend)
         self.lock = threading.RLock()
         self._parts: weakref.WeakValueDictionary[str, Part] = weakref.WeakValueDictionary()
         self._budgets: weakref.WeakValueDictionary[int, WithinBudget] = (
@@ -99,6 +101,7 @@ class Engine:
 
     def _forget(self, key: str) -> None:
         self.machine.remove(key)
+        self.log.forget(key)
         for within in list(self._budgets.values()):
             within.forget(key)
 
@@ -126,12 +129,17 @@ class Engine:
                 return
             if not self.machine.is_resident(key):
                 self._forget_dead_threads()
+            # An autoencoder's side has several entrances, one after the other.
+            is_again = enters and part.has_entrances and self.log.is_at(key)
+            self.log.needs(key, (key,), opens=enters and not is_again)
             self._carry_out(Needed(key, enters, threading.get_ident()))
+            self.log.runs()
 
     def left(self, key: str) -> None:
         """A forward of the component has returned; while the device works, the host prepares."""
         with self.lock:
             part = self._parts[key]
+            self.log.left(key)
             if part.within is not None:
                 part.within.left(part)
                 return
@@ -139,47 +147,75 @@ class Engine:
             self._settle_while_busy()
 
     @contextlib.contextmanager
-    def call(self) -> Iterator[None]:
-        """A pipeline's call without a budget: at its end, however it comes, everything is home."""
+    def call(self, pipeline: str, owner: object) -> Iterator[None]:
+        """A pipeline's call without a budget: at its end, however it comes, everything is home.
+
+        `pipeline` and `owner` are for the log: the class, and what tells it from others.
+        """
         with self.lock:
             if self._calls == 0:
+                self.log.begin(pipeline, owner, None)
                 self._give_way(None)
             self._calls += 1
+            raised: BaseException | None = None
             try:
                 yield
+            except BaseException as error:
+                raised = error
+                raise
             finally:
                 self._calls -= 1
                 if self._calls == 0:
-                    self.end_call()
+                    self.log.because("the call is over")
+                    try:
+                        self.end_call()
+                    finally:
+                        self.log.end(raised)
+                raised = None  # its traceback holds this frame
             if self._calls == 0:
                 self._settle_what_was_saved()
 
     @contextlib.contextmanager
     def call_within(
-        self, within: WithinBudget, kind: Hashable, order: Sequence[Step], *, is_watched: bool
+        self,
+        within: WithinBudget,
+        kind: Hashable,
+        order: Sequence[Step],
+        *,
+        pipeline: str,
+        owner: object,
+        is_watched: bool,
     ) -> Iterator[None]:
         """A pipeline's call within a budget: weights wait where the next one like it wants them.
 
-        For `kind`, `order` and `is_watched` see `WithinBudget.begin_call`. If the call raises,
-        everything goes home.
+        For `kind`, `order` and `is_watched` see `WithinBudget.begin_call`, for `pipeline` and
+        `owner` see `call`. If the call raises, everything goes home.
         """
         with self.lock:
             self._forget_dropped()
             self._calls += 1
             is_outermost = self._calls == 1
+            raised: BaseException | None = None
             try:
                 if is_outermost:
+                    self.log.begin(pipeline, owner, within.budget)
                     self._give_way(within)
                     within.begin_call(kind, order, is_watched=is_watched)
                 yield
                 if is_outermost:
+                    self.log.returns()
                     within.end_call()
-            except BaseException:
+            except BaseException as error:
+                raised = error
                 if is_outermost:
+                    self.log.because("the call raised")
                     within.send_all_home()
                 raise
             finally:
                 self._calls -= 1
+                if is_outermost:
+                    self.log.end(raised)
+                raised = None  # its traceback holds this frame
 
     def _give_way(self, within: WithinBudget | None) -> None:
         """What pipelines of other budgets have on the device goes home."""
@@ -218,7 +254,6 @@ class Engine:
         instructions = list(self.machine.handle(event))
         while instructions:
             instruction = instructions[0]
-            logger.debug("%s because of %s", instruction, instruction.stimulus)
             part = self._parts.get(instruction.name)
             try:
                 if part is not None:

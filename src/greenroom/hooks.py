@@ -132,12 +132,20 @@ class Part:
 
     def go_to_device(self) -> None:
         """Carry out an Onload."""
+        began = self.engine.log.now()
         self.store.onload()
+        self._log_sent(began)
         self.hang_bells(self.doors)
 
     def send(self, masters: object) -> None:
         """Start the way to the device; for `masters` see `WeightStore.send`."""
+        began = self.engine.log.now()
         self.store.send(settles=True, masters=masters)
+        self._log_sent(began)
+
+    def _log_sent(self, began: Any) -> None:
+        store = self.store
+        self.engine.log.sent(self.key, store.nbytes, store.pinned_nbytes, began, store.journey)
 
     def arrive(self) -> None:
         """Have what was sent in use, from now on."""
@@ -154,7 +162,9 @@ class Part:
 
     def go_home(self) -> int:
         """Carry out an Offload; returns how many bytes were copied."""
+        began = self.engine.log.leaves(self.key)
         copied = self.store.offload()
+        self.engine.log.came_home(self.key, copied, began)
         self._is_here = False
         self.at_home()
         return copied

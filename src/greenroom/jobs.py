@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from . import demo as _demo
+from . import observe
 from .answer import Answer, check_output
 from .compare import GREENROOM, TWO_WAYS, Row, Way, compare
 from .core.units import format_bytes
@@ -145,6 +146,7 @@ def demo(
     """Answer a prompt with the pipeline that comes with greenroom, in every way worth comparing.
 
     A simulated card has too little memory for the whole pipeline, unless `capacity` says how much.
+    Beside what was drawn there will be a picture of device memory over time.
 
     Raises:
         UsageError: what was asked cannot be. Nothing has been written.
@@ -165,7 +167,13 @@ def demo(
         return pipe
 
     question = Question(prompt, settings=_demo.SETTINGS)
-    rows, answers = _answer(_demo.WAYS, load, question, place, _demo.CALLS)
+    reports: dict[str, Any] = {}
+
+    def watch(way: str, pipe: Any) -> None:
+        if way in _demo.WATCHED:
+            reports[_demo.WATCHED[way]] = observe.report(pipe)
+
+    rows, answers = _answer(_demo.WAYS, load, question, place, _demo.CALLS, watch=watch)
     if not rows[-1].fits:
         more = ". Give it more (--capacity)" if place.is_simulated else ""
         _say(f"greenroom: out of memory: the demo does not run on {place}{more}")
@@ -178,8 +186,17 @@ def demo(
         torch.float32,
         sum(sizes.values()),
         rows,
-        _write(rows, answers, output),
+        [*_write(rows, answers, output), *_write_memory(reports, output)],
     )
+
+
+def _write_memory(reports: Mapping[str, observe.Report], output: Path) -> list[Path]:
+    """Draw device memory over time beside what was answered."""
+    if not reports:
+        return []
+    path = output.with_name(f"{output.stem}-memory.png")
+    observe.write_picture(reports, path)
+    return [path]
 
 
 def call_settings(
@@ -224,12 +241,13 @@ def _answer(
     calls: int | Mapping[str, int],
     *,
     must_fit: bool = False,
+    watch: Callable[[str, Any], None] | None = None,
 ) -> tuple[list[Row], list[Answer | None]]:
     """Put the question in each way; if all must fit, no further than the first that does not."""
     _say(f"running it on {place}")
     rows: list[Row] = []
     answers: list[Answer | None] = []
-    for row, answer in compare(ways, load, question, place, calls=calls):
+    for row, answer in compare(ways, load, question, place, calls=calls, watch=watch):
         rows.append(row)
         answers.append(answer)
         _say(f"  {len(rows)}/{len(ways)} {row.way}{'' if row.fits else ': does not fit'}")

@@ -216,11 +216,13 @@ class Offloading:
     ) -> contextlib.AbstractContextManager[None]:
         """A call of the pipeline with these arguments."""
         if self.within is None:
-            return self.engine.call()
+            return self.engine.call(type(pipe).__name__, self)
         return self.engine.call_within(
             self.within,
             (id(self), _kind_of(args, kwargs)),
             self._steps(pipe, kwargs),
+            pipeline=type(pipe).__name__,
+            owner=self,
             is_watched=any(map(callable, [*args, *kwargs.values()])),
         )
 

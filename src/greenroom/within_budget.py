@@ -227,7 +227,16 @@ class WithinBudget:
         assert self.director is not None
         orders = self.director.begin(step)
         self._note_progress()
+        self.engine.log.needs(
+            part.key,
+            step.needs,
+            opens=enters,
+            moves=bool(orders.offload or orders.onload),
+            every=self._records is not None,
+            beside_nbytes=self._expected_beside(),
+        )
         self._carry_out(orders, step.needs)
+        self.engine.log.runs()
         self._now = step
         if self._records is not None:
             self.engine.backend.restart_peak()
@@ -278,14 +287,12 @@ class WithinBudget:
         self._send_ahead()
 
     def _go_home(self, name: str) -> None:
-        logger.debug("offload %s", name)
         if name in self._unsent:
             self._unsent.remove(name)
         self.engine.part(name).go_home()
 
     def _send(self, name: str) -> None:
         """Start a part's way to the device, before others if it stands behind them."""
-        logger.debug("onload %s", name)
         part = self.engine.part(name)
         self._unsent.remove(name)
         try:
@@ -342,6 +349,13 @@ class WithinBudget:
             record.ended = self.engine.backend.record_time()
             peak = self.engine.backend.restart_peak()
             record.beside_nbytes = max(0, peak - self.director.resident_nbytes)
+            self.engine.log.took(record.beside_nbytes)
+
+    def _expected_beside(self) -> int | None:
+        """What the step that runs took besides weights when it was measured."""
+        if self.director is None or not 0 <= self.director.position < len(self.director.plan.steps):
+            return None
+        return self.director.plan.steps[self.director.position].beside_nbytes
 
     def _measured(self) -> list[Step]:
         self.engine.backend.synchronize()

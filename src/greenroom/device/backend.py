@@ -21,8 +21,11 @@ class Backend:
         # By the id of a tensor on the device: whose it is. A component that is dropped while it is
         # there goes, and its entries with it.
         self.resident: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
-        self._highest = 0
+        self._highest = self._highest_reserved = 0
+        self._seen = 0
         self._module: Any = torch.get_device_module(device)
+        #: Whether events of the device tell time.
+        self.keeps_time = hasattr(self._module, "Event") and hasattr(self._module, "current_stream")
 
     def empty_cache(self) -> None:
         """Give the allocator's cached memory back to the device."""
@@ -65,13 +68,32 @@ class Backend:
         self._module.reset_peak_memory_stats(self.device)
         return peak
 
+    def newest_peak(self) -> int | None:
+        """The peak of allocated bytes since this was last asked, if that can be told.
+
+        torch's statistics are the user's: they are restarted only where `restore_peak` can put them
+        back. Elsewhere only a new maximum tells, and else the answer is None.
+        """
+        if self.device.type == "sim":
+            from ..sim.control import take_peak
+
+            taken, reserved = take_peak(self.device.index)
+            self._highest = max(self._highest, taken)
+            self._highest_reserved = max(self._highest_reserved, reserved)
+            return taken
+        if not hasattr(self._module, "max_memory_allocated"):
+            return None
+        peak, before = int(self._module.max_memory_allocated(self.device)), self._seen
+        self._seen = peak
+        return peak if peak != before else None
+
     def restore_peak(self) -> None:
         """Let the device's own statistics tell the true peak again, where that can be done."""
         if self.device.type == "sim":
             from .. import sim
 
-            sim.raise_peak(self._highest, self.device.index)
-        self._highest = 0
+            sim.raise_peak(self._highest, self.device.index, reserved_nbytes=self._highest_reserved)
+        self._highest = self._highest_reserved = 0
 
     def current_stream(self) -> Any:
         """The stream that work goes to now; None where a device has none."""

@@ -69,6 +69,8 @@ class WeightStore:
         self.is_here = False  # the module uses the device's copy
         # Begun by `check`: the segments it looks at, and which of them differ (on the device).
         self._check: tuple[list[Segment], torch.Tensor | None] | None = None
+        #: The points, on the copies' stream, between which the latest copies lie.
+        self.journey: tuple[Any, Any] = (None, None)
 
     # ---- layout
 
@@ -81,6 +83,11 @@ class WeightStore:
     def nbytes(self) -> int:
         """Bytes on the device when resident."""
         return sum(segment.nbytes for segment in self.segments)
+
+    @property
+    def pinned_nbytes(self) -> int:
+        """Bytes of `nbytes` whose masters are page-locked."""
+        return sum(segment.nbytes for segment in self.segments if segment.unpin is not None)
 
     def lay_out(self) -> list[torch.Tensor]:
         """Bring the layout up to date with what the module holds; return its movable tensors.
@@ -169,6 +176,7 @@ class WeightStore:
                 for segment in self.segments:
                     segment.digest_is_of = masters if segment.slab is not None else None
                 self._mark = transfer.mark()
+                self.journey = (transfer.began, transfer.now())
                 homes = self._layout.homes
                 self._coming = [(t, version_of(t), self._on_device(homes[id(t)])) for t in tensors]
                 self._away = [

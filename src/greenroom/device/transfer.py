@@ -31,6 +31,8 @@ class Transfer:
         self._watch_stream: Any = None
         self._check_stream: Any = None
         self._timed: tuple[Any, Any, int] | None = None
+        #: The point, on the copies' stream, at which the latest copies begin.
+        self.began: Any = None
 
     def begin(self) -> None:
         """Have streams, where the device has any."""
@@ -38,6 +40,8 @@ class Transfer:
             self._h2d_stream = self._module.Stream(device=self._device)
             self._watch_stream = self._module.Stream(device=self._device)
             self._check_stream = self._module.Stream(device=self._device)
+        if self._h2d_stream is not None:
+            self.began = self.now()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Device memory to copy to: uint8, of `nbytes` bytes."""
@@ -53,10 +57,10 @@ class Transfer:
                 and source.is_pinned()
                 and source.nbytes >= _ENOUGH_TO_TIME
             )
-            began = self._now() if is_to_be_timed else None
+            began = self.now() if is_to_be_timed else None
             target.copy_(source, non_blocking=True)
             if is_to_be_timed:
-                self._timed = (began, self._now(), source.nbytes)
+                self._timed = (began, self.now(), source.nbytes)
 
     def bytes_per_s(self) -> float | None:
         """What the link does from page-locked memory; None before a large copy was over."""
@@ -65,7 +69,10 @@ class Transfer:
         began, ended, nbytes = self._timed
         return nbytes / (float(began.elapsed_time(ended)) / 1e3)
 
-    def _now(self) -> Any:
+    def now(self) -> Any:
+        """The point, with its time, that the copies so far lead up to; None without streams."""
+        if self._h2d_stream is None:
+            return None
         event = self._module.Event(enable_timing=True)
         event.record(self._h2d_stream)
         return event

@@ -259,9 +259,20 @@ def slow_link(factor: float, *, direction: Direction = "both", device: int = 0) 
     _device.native.slow_link(_known(device), direction, float(factor))
 
 
-def raise_peak(nbytes: int, device: int = 0) -> None:
+def raise_peak(nbytes: int, device: int = 0, *, reserved_nbytes: int = 0) -> None:
     """Let the peak of allocated bytes be at least `nbytes`: for who has reset it for a while."""
-    _device.native.raise_peak(_known(device), nbytes, 0)
+    _device.native.raise_peak(_known(device), nbytes, reserved_nbytes)
+
+
+def take_peak(device: int = 0) -> tuple[int, int]:
+    """The peaks of bytes in use and of bytes reserved, which begin anew; see `raise_peak`.
+
+    torch's own statistics stay as they are.
+    """
+    native, index = _device.native, _known(device)
+    now = native.counters(index)
+    native.reset_peak(index)
+    return now["peak_bytes"], now["peak_reserved_bytes"]
 
 
 def host_register(tensor: torch.Tensor) -> None:

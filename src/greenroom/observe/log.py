@@ -1,0 +1,403 @@
+"""The engine's log: what ran and what moved in the last few calls.
+
+Noting something costs the host a few microseconds and never makes it wait: times are events that
+the device passes by itself, and are read when somebody asks. What is resident and runs again is
+counted, and nothing is recorded on the device but the end of its forward.
+
+Note [Whose memory when]: slabs are taken and given back in the order of the stream that computes,
+whatever the host's lead. An event on that stream beside each of the two tells when a byte was in
+use, and the sum of all is what the allocator counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .events import Call, Event, Offloaded, Onloaded, Ran
+
+if TYPE_CHECKING:
+    from ..device.backend import Backend
+
+logger = logging.getLogger("greenroom")
+
+_CALLS = 4
+_MOST_EVENTS = 20_000  # in a call: a FLUX of 57 blocks that streams for 100 steps takes as many
+
+
+@dataclass(eq=False, slots=True)
+class _Run:
+    part: str
+    component: str
+    asked: Any
+    stream: Any
+    forwards: int = 0
+    cleared: Any = None
+    began: Any = None
+    ended: Any = None
+    demanded: tuple[str, ...] = ()
+    found_ahead: tuple[str, ...] = ()
+    beside_nbytes: int | None = None
+    weights_nbytes: int = 0  # on the device meanwhile
+
+    def read(self, clock: Callable[[Any], float | None], until: float | None) -> Ran:
+        ended = clock(self.ended)
+        return Ran(
+            self.part,
+            self.forwards,
+            clock(self.asked),
+            clock(self.asked if self.cleared is None else self.cleared),
+            clock(self.began),
+            until if ended is None else ended,
+            self.demanded,
+            self.found_ahead,
+            self.beside_nbytes,
+        )
+
+
+@dataclass(eq=False, slots=True)
+class _Move:
+    """An onload, or an offload: the event's class, its plain values, and its times."""
+
+    kind: type[Onloaded] | type[Offloaded]
+    values: tuple[Any, ...]
+    times: tuple[Any, ...]
+    cause: str
+
+    def read(self, clock: Callable[[Any], float | None]) -> Onloaded | Offloaded:
+        return self.kind(*(*self.values, *map(clock, self.times), self.cause))
+
+
+@dataclass(eq=False)
+class _Raw:
+    """A call as it is noted."""
+
+    pipeline: str
+    owner: Callable[[], object]
+    budget: int | None
+    began: Any
+    resident: dict[str, int]
+    entries: list[_Run | _Move] = field(default_factory=list)
+    missed: int = 0
+    returned: Any = None
+    outcome: str = "running"
+    peak: tuple[int, _Run] | None = None
+    is_by_step: bool = False  # somebody else measures the memory that each step takes
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether it is what happens outside of all calls."""
+        return not self.pipeline
+
+    @property
+    def runs(self) -> list[_Run]:
+        """Those of its entries that ran."""
+        return [entry for entry in self.entries if isinstance(entry, _Run)]
+
+    def note(self, entry: _Run | _Move) -> None:
+        if len(self.entries) < _MOST_EVENTS:
+            self.entries.append(entry)
+        else:
+            self.missed += 1
+
+
+class Log:
+    """What one engine did, for the last few calls. Its lock is held by who notes and who reads."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._calls: collections.deque[_Raw] = collections.deque(maxlen=_CALLS)
+        self._open: _Raw | None = None  # a pipeline's call that runs
+        self._run: _Run | None = None
+        self._resident: dict[str, int] = {}  # bytes of what is there or on its way
+        self._nbytes = 0  # of all of it
+        self._unused: set[str] = set()  # sent, and not used yet
+        self._needs: tuple[str, ...] | None = None  # of what is being brought
+        self._is_other = False  # whether another component runs than before
+        self._cause = "it was asked for"
+
+    # ---- a call
+
+    def begin(self, pipeline: str, owner: object, budget: int | None) -> None:
+        """A pipeline's call begins. `owner` tells one pipeline from another."""
+        within = "without a budget" if budget is None else f"within {budget} bytes"
+        logger.debug("a call of %s begins, %s", pipeline, within)
+        self._open = self._begun(pipeline, weakref.ref(owner), budget)
+        self.because("another call begins")
+        self._backend.newest_peak()
+
+    def _begun(self, pipeline: str, owner: Callable[[], object], budget: int | None) -> _Raw:
+        if self._calls and self._calls[-1].is_outside and not self._calls[-1].runs:
+            self._calls.pop()  # nobody will ask for it
+        call = _Raw(pipeline, owner, budget, self.now(), dict(self._resident))
+        self._calls.append(call)
+        self._run, self._needs = None, None
+        return call
+
+    def returns(self) -> None:
+        """The call is over; what follows, until `end`, is for the next one."""
+        if self._open is not None:
+            self._read_peak()
+            self._open.returned = self.now()
+            self.because("the call is over")
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more will be noted for the call."""
+        if self._open is not None:
+            self._open.outcome = "returned" if error is None else f"raised {type(error).__name__}"
+            if self._open.returned is None:
+                self._read_peak()
+                self._open.returned = self.now()
+            self._backend.restore_peak()
+            logger.debug("the call of %s %s", self._open.pipeline, self._open.outcome)
+        self._open, self._run, self._needs = None, None, None
+        self.because("it was asked for")
+
+    def because(self, cause: str) -> None:
+        """Why parts come and go from now on, unless one that is needed is why."""
+        self._cause = cause
+
+    # ---- what runs
+
+    def needs(
+        self,
+        part: str,
+        names: tuple[str, ...],
+        *,
+        opens: bool,
+        moves: bool = False,
+        every: bool = False,
+        beside_nbytes: int | None = None,
+    ) -> None:
+        """A part is about to run.
+
+        Args:
+            part: which.
+            names: the parts that have to be there for it.
+            opens: whether a component's forward begins.
+            moves: whether anything will be sent or given up for it.
+            every: note it also if it goes on with what ran before, and nothing moves.
+            beside_nbytes: device memory that it is known to take besides weights.
+        """
+        run, component = self._run, _component(part)
+        if run is not None and run.component == component and not (moves or every):
+            resident, unused = self._resident, self._unused
+            for name in names:
+                if name not in resident or name in unused:
+                    break
+            else:
+                run.forwards += opens
+                if beside_nbytes is not None and beside_nbytes > (run.beside_nbytes or 0):
+                    run.beside_nbytes = beside_nbytes
+                return
+        self._is_other = run is None or run.component != component
+        if self._is_other:
+            self._read_peak()
+        call, stream = self._call(), self._backend.current_stream()
+        run = self._run = _Run(part, component, self.now(), stream, int(opens))
+        run.beside_nbytes = beside_nbytes
+        run.found_ahead = tuple(name for name in names if name in self._unused)
+        self._unused.difference_update(names)
+        call.is_by_step |= every
+        call.note(run)
+        self._needs = names
+        self._cause = "the pipeline asked for it"
+
+    def runs(self) -> None:
+        """What is needed is there, or the device waits for it by itself."""
+        run, self._needs = self._run, None
+        if run is not None and run.began is None:
+            is_waited_for = run.demanded or run.found_ahead or run.cleared is not None
+            run.began = self.now() if is_waited_for else run.asked
+            run.weights_nbytes = self._nbytes
+            if self._is_other:
+                self._read_peak(is_alone=False)
+
+    def is_at(self, part: str) -> bool:
+        """Whether this part is the last that was needed."""
+        return self._run is not None and self._run.part == part
+
+    def took(self, beside_nbytes: int) -> None:
+        """So much device memory besides weights was in use at most since the part began to run."""
+        if self._run is not None:
+            self._run.beside_nbytes = beside_nbytes
+
+    def left(self, part: str) -> None:
+        """A forward of the component is over."""
+        run = self._run
+        if run is None or run.component != _component(part):
+            return
+        if run.ended is None:
+            run.ended = self.now()
+        else:
+            run.ended.record(run.stream)
+
+    # ---- what moves
+
+    def now(self) -> Any:
+        """What the device does next is timed by this event; None if it keeps no time."""
+        return self._backend.record_time() if self._backend.keeps_time else None
+
+    def sent(
+        self, part: str, nbytes: int, pinned_nbytes: int, allocated: Any, journey: tuple[Any, Any]
+    ) -> None:
+        """A part was sent; `journey` has the events of its first byte and its last."""
+        if nbytes == 0:  # it has no weights, or they are there
+            self._resident.setdefault(part, 0)
+            return
+        is_ahead = self._needs is None or part not in self._needs
+        cause = self._cause
+        if is_ahead:
+            if self._needs is not None and self._run is not None:
+                cause = f"it is needed after {self._run.part!r}, and there is room"
+        elif self._run is not None:
+            self._run.demanded += (part,)
+            cause = "it is needed now"
+        logger.debug("onload %s, %d bytes: %s", part, nbytes, cause)
+        self.forget(part)
+        self._resident[part] = nbytes
+        self._nbytes += nbytes
+        if is_ahead:
+            self._unused.add(part)
+        self._call().note(
+            _Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), (allocated, *journey), cause)
+        )
+
+    def leaves(self, part: str) -> Any:
+        """A part is about to leave the device: when; None if it is not there."""
+        return self.now() if part in self._resident else None
+
+    def forget(self, part: str) -> None:
+        """A part is no more, and its memory on the device is free."""
+        self._nbytes -= self._resident.pop(part, 0)
+        self._unused.discard(part)
+
+    def came_home(self, part: str, copied_nbytes: int, began: Any) -> None:
+        """A part left the device, and so many of its bytes were copied to the host."""
+        nbytes = self._resident.get(part)
+        if nbytes is None:
+            return  # it was not there
+        self.forget(part)
+        cause, ended = self._cause, self.now()
+        if self._needs is not None and self._run is not None:
+            cause = f"room for {self._run.part!r} and what follows it"
+            self._run.cleared = ended
+        logger.debug("offload %s, %d bytes copied home: %s", part, copied_nbytes, cause)
+        self._call().note(_Move(Offloaded, (part, nbytes, copied_nbytes), (began, ended), cause))
+
+    # ---- reading
+
+    def read(self, owner: object, parts: Iterable[str], which: int = -1) -> Call | None:
+        """A call of a pipeline; None if the log has it not. Waits until the device has done it all.
+
+        Args:
+            owner: as in `begin`.
+            parts: that the pipeline has; of what ran outside of calls, one of these must have.
+            which: -1 for the last, -2 for the one before.
+        """
+        known = set(parts)
+        found = [
+            call
+            for call in self._calls
+            if call.owner() is owner
+            or (call.is_outside and any(run.part in known for run in call.runs))
+        ]
+        try:
+            call = found[which]
+        except IndexError:
+            return None
+        self._backend.synchronize()
+        return _read(call, str(self._backend.device))
+
+    def _call(self) -> _Raw:
+        if self._open is not None:
+            return self._open
+        last = self._calls[-1] if self._calls else None
+        if last is None or not last.is_outside or len(last.entries) >= _MOST_EVENTS:
+            self._begun("", _nobody, None)
+        return self._calls[-1]
+
+    def _read_peak(self, *, is_alone: bool = True) -> None:
+        """What was taken at most since this was last read: by the part that runs, if alone."""
+        call = self._open
+        if call is None or self._run is None or call.is_by_step:
+            return
+        peak = self._backend.newest_peak()
+        if peak is None:
+            return
+        if call.peak is None or peak > call.peak[0]:
+            call.peak = (peak, self._run)
+        if is_alone and self._run.beside_nbytes is None and call.budget is None:
+            self._run.beside_nbytes = max(0, peak - self._run.weights_nbytes)
+
+
+def _nobody() -> None:
+    return None
+
+
+def _read(call: _Raw, device: str) -> Call:
+    def clock(event: Any) -> float | None:
+        if event is None or call.began is None:
+            return None
+        try:
+            return float(call.began.elapsed_time(event)) / 1e3
+        except (RuntimeError, ValueError):  # it was recorded while a graph was captured
+            return None
+
+    events: list[Event] = []
+    seconds = until = clock(call.returned)
+    for entry in reversed(call.entries):
+        if isinstance(entry, _Run):
+            ran = entry.read(clock, until)
+            until = ran.asked_s if ran.asked_s is not None else until
+            events.append(ran)
+        else:
+            events.append(entry.read(clock))
+    peak, run = summed = _summed_peak(call)
+    if call.peak is not None:
+        peak, run = call.peak  # of a component: in which of its runs that was, the sums tell
+        if summed[1] is not None and summed[1].component == run.component:
+            run = summed[1]
+    return Call(
+        call.pipeline,
+        device,
+        call.budget,
+        call.outcome,
+        seconds,
+        dict(call.resident),
+        peak,
+        run.part if run is not None else None,
+        clock(run.began) if run is not None else None,
+        tuple(reversed(events)),
+        call.missed,
+    )
+
+
+def _summed_peak(call: _Raw) -> tuple[int | None, _Run | None]:
+    """The most that weights and what was measured beside them took together, and at what."""
+    resident = dict(call.resident)
+    run: _Run | None = None
+    most: tuple[int | None, _Run | None] = (None, None)
+    for entry in [*call.entries, None]:
+        if isinstance(entry, _Move):
+            part, nbytes, *_ = entry.values
+            if entry.kind is Onloaded:
+                resident[part] = nbytes
+            else:
+                resident.pop(part, None)
+            continue
+        if run is not None and run.beside_nbytes is not None:
+            taken = sum(resident.values()) + run.beside_nbytes
+            if most[0] is None or taken > most[0]:
+                most = (taken, run)
+        run = entry
+    return most
+
+
+def _component(part: str) -> str:
+    """Whose a part is, so far as its name tells: ``"unet.mid_block#7"`` is of ``"unet"``."""
+    return part.partition("#")[0].partition(".")[0]

@@ -1,0 +1,174 @@
+"""Reports: sums of events, a table, advice that follows from the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from typing import Any
+
+import pytest
+import torch
+from observe.calls import MIB, PARTS, report, streamed
+from offload.own import Chain
+from torch import nn
+
+import greenroom
+import greenroom.sim as sim
+from greenroom.observe.account import ComponentReport, make_report
+from greenroom.observe.events import Call
+from greenroom.zoo import call_kwargs, tiny
+
+
+def test_events_add_up_by_component() -> None:
+    made = report()
+    assert made.components == (
+        ComponentReport(
+            "encoder",
+            2 * MIB,
+            forwards=1,
+            compute_s=2.0,
+            h2d_nbytes=2 * MIB,
+            onloads=1,
+            found_ahead=1,
+            offloads=1,
+            host_pinned_nbytes=2 * MIB,
+        ),
+        ComponentReport(
+            "unet",
+            4 * MIB,
+            forwards=1,
+            compute_s=4.0,
+            stalled_s=3.0,
+            clearing_s=0.5,
+            h2d_nbytes=3 * MIB,
+            pageable_nbytes=2 * MIB,
+            d2h_nbytes=3 * MIB,
+            onloads=1,
+            demanded=1,
+            offloads=1,
+            host_pinned_nbytes=1 * MIB,
+            host_pageable_nbytes=3 * MIB,
+        ),
+    )
+    assert made.total.nbytes == 6 * MIB and made.total.compute_s == 6.0
+    assert made.total.h2d_nbytes == 5 * MIB and made.total.stalled_s == 3.0
+
+
+def test_what_is_known_is_said_and_nothing_else() -> None:
+    assert report().advice == (
+        "The device waited for weights in 30% of the time, most of it for unet (3.00 s).",
+        "2.0 MiB came from host memory that was not page-locked, which is slow and holds the host "
+        "up. greenroom locks it from call to call.",
+        "3.0 MiB of weights changed on the device and came home (unet).",
+        "The budget was exceeded by 1.0 MiB, at unet.up: a single step needs that much.",
+        "A budget of 7.1 MiB would hold all weights.",
+    )
+    quiet = Call("Pipeline", "sim:0", 6 * MIB, "returned", 10.0, peak_nbytes=6 * MIB)
+    assert make_report(quiet, PARTS).advice == ()
+    full = dataclasses.replace(quiet, missed=3)
+    assert "3 more events" in make_report(full, PARTS).advice[0]
+
+
+def test_the_table_and_the_plain_values_say_the_same() -> None:
+    made = report()
+    text = str(made)
+    assert "Pipeline on sim:0, returned after 10.00 s, within 6.0 MiB" in text
+    assert "peak of device memory: 7.0 MiB, while unet.up ran from 6.00 s on" in text
+    (row,) = [line.split() for line in text.splitlines() if line.startswith(" unet ")]
+    assert " ".join(row) == "unet 4.0 MiB 1 4.00 s 3.00 s 3.0 MiB 3.0 MiB 0 1 1 25%"
+    assert "\x1b" not in text and "efficiency" not in text
+    assert made._repr_html_().startswith("<pre") and "unet" in made._repr_html_()
+    values = json.loads(json.dumps(made.to_dict()))
+    assert values["peak_nbytes"] == 7 * MIB and values["efficiency"] is None
+    assert [c["name"] for c in values["components"]] == ["encoder", "unet"]
+    assert "events" not in values and values["resident_nbytes"] == 4 * MIB
+
+
+def test_efficiency_is_told_where_the_lower_bound_is_known() -> None:
+    made = dataclasses.replace(report(), lower_bound_s=8.0)
+    assert made.efficiency == 0.8
+    assert "efficiency 80.0%: at least 8.00 s are needed" in str(made)
+
+
+def test_memory_over_time_is_the_sum_of_what_was_there() -> None:
+    story = report().story
+    assert story.components == ("encoder", "unet", "other pipelines")
+    sums = {level.at_s: sum(level.nbytes.values()) / MIB for level in story.levels}
+    assert sums == {0.0: 4, 3.5: 5, 9.5: 4}
+    assert story.beside == ((0.0, 2.0, MIB // 2), (2.0, 3.0, MIB // 4), (6.0, 9.0, MIB))
+    assert story.stack.at_s == (0.0, 2.0, 3.0, 3.5, 6.0, 9.0, 9.5, 11.0)
+    assert [n / MIB for n in story.stack.beside] == [0.5, 0.25, 0, 0, 1, 0, 0, 0]
+    assert story.end_s == 11.0
+    assert [(bar.label, bar.begin_s, bar.end_s) for bar in story.waits] == [("unet.up", 3.0, 6.0)]
+    assert [bar.label for bar in story.d2h] == ["unet.up"]
+
+
+# ---- of pipelines
+
+
+def modules(pipe: Any) -> list[nn.Module]:
+    return [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [None, 0.6, 1.5])
+def test_a_pipelines_report_has_the_simulators_numbers(share: float | None) -> None:
+    gc.collect()
+    pipe = tiny("sdxl")
+    pipe.set_progress_bar_config(disable=True)
+    nbytes = sum(p.nbytes for m in modules(pipe) for p in m.parameters())
+    budget = None if share is None else int(share * nbytes) + 2**22
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget=budget)
+    for _ in range(3):
+        with sim.measure() as cost:
+            pipe(**call_kwargs("sdxl"))
+        made = greenroom.report(pipe)
+        call, total = made.call, made.total
+        assert call.peak_nbytes == pytest.approx(cost.peak_bytes, rel=0.02)
+        assert total.h2d_nbytes == pytest.approx(cost.h2d_bytes, abs=2**16)
+        assert total.d2h_nbytes == 0
+        assert call.seconds is not None and call.seconds <= cost.seconds * 1.0001
+        assert total.compute_s + total.stalled_s <= call.seconds * 1.0001
+        assert total.compute_s > 0.5 * (cost.busy["compute"])
+        assert [row.name for row in made.components][:2] == ["text_encoder", "text_encoder_2"]
+        (unet,) = [row for row in made.components if row.name == "unet"]
+        assert unet.forwards == call_kwargs("sdxl")["num_inference_steps"]
+        most = max(sum(level.nbytes.values()) for level in made.story.levels)
+        assert most <= cost.peak_bytes
+        assert budget is None or most <= budget
+
+
+@pytest.mark.slow
+def test_the_budget_that_is_said_to_hold_all_weights_does() -> None:
+    pipe = tiny("sdxl")
+    pipe.set_progress_bar_config(disable=True)
+    greenroom.enable_model_cpu_offload(pipe, device="sim")
+    pipe(**call_kwargs("sdxl"))
+    from greenroom.observe.account import _enough_for_all
+
+    enough = _enough_for_all(greenroom.report(pipe))
+    assert enough is not None
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget=enough)
+    for _ in range(3):
+        pipe(**call_kwargs("sdxl"))
+    assert greenroom.report(pipe).total.h2d_nbytes == 0
+
+
+def test_what_was_never_offloaded_or_called_has_no_report() -> None:
+    pipe = Chain()
+    with pytest.raises(greenroom.UsageError, match="not offloaded by greenroom"):
+        greenroom.report(pipe)
+    greenroom.enable_model_cpu_offload(pipe, device="sim")
+    with pytest.raises(greenroom.UsageError, match="no call -1 of this Chain"):
+        greenroom.report(pipe)
+    pipe(torch.ones(2, 8))
+    assert greenroom.report(pipe).call.outcome == "returned"
+    with pytest.raises(greenroom.UsageError, match="no call -2"):
+        greenroom.report(pipe, -2)
+
+
+def test_a_call_that_the_log_tells_is_a_value() -> None:
+    assert streamed() == streamed()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        streamed().events[0].part = "x"  # type: ignore[misc]
