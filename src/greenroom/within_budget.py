@@ -66,7 +66,8 @@ class WithinBudget:
         self._usable = budget - budget // 128
         self.director: Director | None = None
         self._plans: dict[Hashable, _Known] = {}
-        self._before: Mapping[str, int] = {}
+        self._before: Mapping[str, int] = {}  # bytes of all parts when the call began
+        self._to_be_cast: list[str] = []
         self._key: Hashable = None
         self._prior: list[Step] = []
         self._inside: list[str] = []  # components whose forwards run: what lies beside their blocks
@@ -120,6 +121,9 @@ class WithinBudget:
         elif self.director.plan is not plan:
             self.director.follow(plan)
         self.director.begin_call()
+        self._to_be_cast = [
+            name for name, nbytes in self.director.plan.sizes.items() if self._is_cast(name, nbytes)
+        ]
 
     def _take_in_what_others_did(self) -> None:
         """Parts whose tensors were replaced since the last call, by a cast say, go home."""
@@ -148,7 +152,7 @@ class WithinBudget:
             steps = self._measured()
             self._records = None
             self.engine.backend.restore_peak()
-            plan = make_plan(steps, self._sizes(), self._usable, self._costs())
+            plan = make_plan(steps, self._sizes_at_work(), self._usable, self._costs())
             self._plans[self._key] = _Known(plan, self._before)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
@@ -249,11 +253,20 @@ class WithinBudget:
         if part.has_entrances:
             return
         self._now = None
+        # What is on its way and will be cast is to be cast there, not at home.
+        self._show(name for name in self._to_be_cast if self._is_sent(name))
         if self._is_watched and self.director is not None:
             self._send_unsent()
             self._show(self.director.resident)
         if self._records is not None and not self._inside:
             self._replan(part)
+
+    def _is_sent(self, name: str) -> bool:
+        return (
+            self.director is not None
+            and name in self.director.resident
+            and name not in self._unsent
+        )
 
     def _show(self, names: Iterable[str]) -> None:
         """Let modules use what is on its way.
@@ -379,6 +392,16 @@ class WithinBudget:
             rest += stay if i in mine else [self._prior[j] for j in spans[i]]
         plan = make_plan([*done, *rest], self._sizes(), self._usable, self._costs())
         self.director.follow(plan, at=len(done) - 1)
+
+    def _sizes_at_work(self) -> dict[str, int]:
+        """What parts take while they work: those that were cast for it, as they are and were."""
+        return {
+            name: nbytes + (self._before.get(name, nbytes) if self._is_cast(name, nbytes) else 0)
+            for name, nbytes in self._sizes().items()
+        }
+
+    def _is_cast(self, name: str, nbytes: int) -> bool:
+        return self._before.get(name, nbytes) != nbytes
 
     def _sizes(self) -> dict[str, int]:
         return {part.key: part.store.nbytes for part in self._parts}

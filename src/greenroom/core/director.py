@@ -98,7 +98,7 @@ class Director:
             self.position = position
             if (self.plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
                 self._fresh.clear()
-            self._fetch_ahead(position, arrived, out)
+            self._fetch_ahead(position, arrived, out, room)
         if not (out or arrived or released):
             return _NOTHING
         stayed = set(out).intersection(arrived)  # there is room for it after all
@@ -118,7 +118,8 @@ class Director:
         if self.position == last >= 0:  # it was not cut short, and did not end elsewhere
             self._loosen(last + 1)
             self._fresh.clear()  # the host has seen the end of the call
-            self._fetch_ahead(last, arrived, out, room_at=last + 1, most=self._urgent_nbytes())
+            room, urgent = self.plan.room(0), self._urgent_nbytes()
+            self._fetch_ahead(last, arrived, out, room, begin=last + 1, most=urgent)
         return Orders(tuple(out), tuple(arrived))  # none is in both: nothing is given up by force
 
     def _urgent_nbytes(self) -> float:
@@ -128,6 +129,8 @@ class Director:
         between two calls is no loss then, and no pause is none either.
         """
         plan = self.plan
+        if plan.fits:
+            return float("inf")  # once there, it stays
         seconds, nbytes, urgent = 0.0, 0, 0.0
         seen = set(self.resident)
         for step in plan.steps:
@@ -228,14 +231,14 @@ class Director:
         position: int,
         arrived: list[str],
         out: list[str],
+        room: int,
         *,
-        room_at: int | None = None,
+        begin: int | None = None,
         most: float = float("inf"),
     ) -> None:
         steps, resident = self.plan.steps, self.resident
         count = len(steps)
-        now = position if room_at is None else room_at
-        room = self.plan.rooms[self.plan.phase_at(now) % len(self.plan.rooms)]
+        now = position if begin is None else begin
         ahead = max(self._horizon, position + 1)
         while ahead < position + count and most > 0:
             needs = steps[ahead if ahead < count else ahead - count].needs
