@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +56,19 @@ class _Known:
     before: Mapping[str, int]
 
 
+def _turn(done: Sequence[Step], begin: int, helpers: Set[str]) -> list[Step]:
+    """A round of a loop that may follow: the stay from `begin` on, and its helpers' before it.
+
+    A ControlNet, which is outside the sequence, runs before each step of its UNet. What a call
+    works on grows as it goes on, as what components return is kept for others.
+    """
+    for span in reversed(list(visits(done[:begin]))):
+        if done[span.start].part not in helpers:
+            break
+        begin = span.start
+    return [replace(step, beside_nbytes=2 * (step.beside_nbytes or 0)) for step in done[begin:]]
+
+
 class WithinBudget:
     """What a device's engine does when it was granted a budget."""
 
@@ -67,6 +80,7 @@ class WithinBudget:
         self.director: Director | None = None
         self._plans: dict[Hashable, _Known] = {}
         self._before: Mapping[str, int] = {}  # bytes of all parts when the call began
+        self._cast: dict[str, int] = {}  # seen while a call is learned: bytes after it
         self._to_be_cast: list[str] = []
         self._key: Hashable = None
         self._prior: list[Step] = []
@@ -114,6 +128,7 @@ class WithinBudget:
         # Else weights were cast, or came and went, since the plan was made.
         plan = known.plan if known is not None and known.before == self._before else None
         self._records = [] if plan is None else None
+        self._cast = {}
         if plan is None:
             plan = make_plan(self._prior, self._sizes(), self._usable, self._costs())
         if self.director is None:
@@ -122,7 +137,9 @@ class WithinBudget:
             self.director.follow(plan)
         self.director.begin_call()
         self._to_be_cast = [
-            name for name, nbytes in self.director.plan.sizes.items() if self._is_cast(name, nbytes)
+            name
+            for name, nbytes in self.director.plan.sizes.items()
+            if self._before.get(name, nbytes) != nbytes
         ]
 
     def _take_in_what_others_did(self) -> None:
@@ -147,8 +164,11 @@ class WithinBudget:
         if director is None:
             return
         self._inside, self._now = [], None
-        if self._records is not None:
+        is_as_planned = self._records is not None or not director.deviations
+        if is_as_planned:
             self._finish_record()
+            self._send_replaced_home()  # the decoder, cast for its work, say
+        if self._records is not None:
             steps = self._measured()
             self._records = None
             self.engine.backend.restore_peak()
@@ -156,11 +176,10 @@ class WithinBudget:
             self._plans[self._key] = _Known(plan, self._before)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
-        elif director.deviations:
+        elif not is_as_planned:
             logger.info("%d steps were not as planned: learning anew", director.deviations)
             del self._plans[self._key]
             return
-        self._send_replaced_home()  # the decoder, cast for its work, say
         orders = director.end_call()
         self._carry_out(orders, ())
         self._send_unsent()
@@ -243,6 +262,7 @@ class WithinBudget:
         self.engine.log.runs()
         self._now = step
         if self._records is not None:
+            self._note_casts(step.needs)
             self.engine.backend.restart_peak()
             self._records.append(_Record(step, self.engine.backend.record_time()))
 
@@ -361,7 +381,9 @@ class WithinBudget:
             record = self._records[-1]
             record.ended = self.engine.backend.record_time()
             peak = self.engine.backend.restart_peak()
-            record.beside_nbytes = max(0, peak - self.director.resident_nbytes)
+            resident = self.director.resident
+            unsent = sum(resident.get(name, 0) for name in self._unsent)
+            record.beside_nbytes = max(0, peak - (self.director.resident_nbytes - unsent))
             self.engine.log.took(record.beside_nbytes)
 
     def _expected_beside(self) -> int | None:
@@ -384,24 +406,31 @@ class WithinBudget:
             return
         self._finish_record()
         done = self._measured()
-        stay = done[opened[0] :]
         spans = list(visits(self._prior))
-        mine = [i for i, span in enumerate(spans) if self._prior[span.start].part == part.key]
+        expected = [self._prior[span.start].part for span in spans]
         rest: list[Step] = []
-        for i in range(mine[0] + 1 if mine else len(spans), len(spans)):
-            rest += stay if i in mine else [self._prior[j] for j in spans[i]]
+        if part.key in expected:
+            helpers = {p.key for p in self._parts if not p.in_sequence}
+            turn = _turn(done, opened[0], helpers)
+            for i in range(expected.index(part.key) + 1, len(spans)):
+                rest += turn if expected[i] == part.key else [self._prior[j] for j in spans[i]]
+        else:  # it helps what comes next
+            seen = {step.part for step in done}
+            first = next((i for i, name in enumerate(expected) if name not in seen), len(spans))
+            rest += [self._prior[j] for span in spans[first:] for j in span]
         plan = make_plan([*done, *rest], self._sizes(), self._usable, self._costs())
         self.director.follow(plan, at=len(done) - 1)
 
-    def _sizes_at_work(self) -> dict[str, int]:
-        """What parts take while they work: those that were cast for it, as they are and were."""
-        return {
-            name: nbytes + (self._before.get(name, nbytes) if self._is_cast(name, nbytes) else 0)
-            for name, nbytes in self._sizes().items()
-        }
+    def _note_casts(self, names: Iterable[str]) -> None:
+        """Parts that have another size than when the call began were cast for their work."""
+        for name in names:
+            nbytes = self.engine.part(name).store.nbytes
+            if self._before.get(name, nbytes) != nbytes:
+                self._cast[name] = max(nbytes, self._cast.get(name, 0))
 
-    def _is_cast(self, name: str, nbytes: int) -> bool:
-        return self._before.get(name, nbytes) != nbytes
+    def _sizes_at_work(self) -> dict[str, int]:
+        """What parts take while they work: those that are cast, before it and after it."""
+        return {name: n + self._cast.get(name, 0) for name, n in self._sizes().items()}
 
     def _sizes(self) -> dict[str, int]:
         return {part.key: part.store.nbytes for part in self._parts}
