@@ -271,16 +271,19 @@ def test_the_same_part_elsewhere_is_another_step() -> None:
 
 
 def test_a_step_that_nobody_expected_gets_half_the_budget() -> None:
-    sizes = {"a": 10, "b": 10, "c": 10, "new": 20}
+    sizes = {"a": 10, "b": 10, "c": 10, "new": 20, "newer": 20}
     director = Director(planned(letters("abc"), 60), lambda: sizes)
     assert run(director, letters("abc"))[0].onload == ("a", "b", "c")
     orders = director.begin(step("new"))
     # 30 of the 60 bytes. What has just run may run again; of the others, b is needed last.
     assert orders == Orders(offload=("b", "a"), onload=("new",)) and director.deviations == 1
     assert director.resident == {"c": 10, "new": 20}
-    # Back in the plan, it goes when its room is wanted; the plan never needs it.
+    # The plan never needs it, so that it goes first, after no step of the plan.
+    assert director.begin(step("newer")) == Orders(offload=("new",), onload=("newer",))
+    assert director.pressed[-1] == (-1, "new")
+    # Back in the plan, it stays as long as there is room.
     director.begin(step("a"))
-    assert director.position == 0 and "new" in director.resident
+    assert director.position == 0 and "newer" in director.resident
 
 
 def test_a_part_of_unknown_size_counts_as_nothing_if_nobody_can_tell() -> None:

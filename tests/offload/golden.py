@@ -37,6 +37,7 @@ __all__ = ["GOLDEN", "text_of"]
 MB = 10**6
 _LEGEND = "# -gives up  ~releases  ^has more room, once all before is over  +sends"
 _LONGEST_ROUND = 100  # steps
+_LINE = 10  # steps; two rounds of fewer are read as easily without a "2 x"
 _WIDTH = 96
 
 Steps: TypeAlias = Sequence[tuple[str, tuple[str, ...]]]  # what runs, what is ordered before
@@ -278,7 +279,8 @@ def folded(steps: Steps) -> Iterator[tuple[int, int, int]]:
             rounds = 1
             while steps[i : i + length] == steps[i + rounds * length : i + (rounds + 1) * length]:
                 rounds += 1
-            if rounds > 1 and rounds * length > times * best:
+            is_worth_it = rounds > 2 or (rounds == 2 and length >= _LINE)
+            if is_worth_it and rounds * length > times * best:
                 best, times = length, rounds
         if times > 1:
             if plain < i:
