@@ -228,14 +228,12 @@ def test_steps_that_are_not_as_planned_are_counted_and_the_place_is_found_again(
     assert (director.position, director.deviations) == (-1, 0)
 
 
-@pytest.mark.xfail(reason="the plan gave it up after its step, which runs again", strict=True)
 def test_a_step_that_runs_again_does_not_release_what_it_needs() -> None:
     director = Director(planned(letters("ab"), 20, {0: "a"}))
     orders = run(director, letters("aa"))
     assert orders[1] == Orders()
 
 
-@pytest.mark.xfail(reason="it is released before each step that nobody expected", strict=True)
 def test_what_is_released_is_not_released_again() -> None:
     director = Director(planned(letters("ab"), 50, {0: "a"}), lambda: {"x": 1, "y": 1})
     orders = run(director, letters("axy"))
