@@ -1,0 +1,227 @@
+"""What a recorded call is expected to take within one budget. Pure: no device, no clock.
+
+Note [Looking for changes]: a part's bytes are read once when it first arrives in a call, and once
+each time it is given up, to tell whether anybody has changed them. That work is the device's, so it
+is added to the steps that it is done beside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..core.bound import Start, lower_bound
+from ..core.director import Director
+from ..core.plan import Plan, make_plan
+from ..core.simulate import Timeline, run
+from ..core.trace import Step
+from .recording import Card, Cut, Recording
+
+_CALLS = 3  # in a row: the third begins as all later ones do
+_KERNELS_OF_A_CHECK = 8
+_NEGLIGIBLE = 0.01  # of a call
+
+
+@dataclass(frozen=True)
+class Share:
+    """One component's part in a later call.
+
+    Attributes:
+        name: as the pipeline calls it.
+        nbytes: of its weights.
+        stays_nbytes: of them, never leave the device.
+        h2d_nbytes: go to the device in each call, those that go several times counted as often.
+        forwards: in a call.
+        compute_s: seconds at work.
+        beside_nbytes: device memory besides weights while it works, at most.
+    """
+
+    name: str
+    nbytes: int
+    stays_nbytes: int
+    h2d_nbytes: int
+    forwards: int
+    compute_s: float
+    beside_nbytes: int
+
+
+@dataclass(frozen=True)
+class Within:
+    """A call within one budget.
+
+    Attributes:
+        budget: bytes of device memory, activations included.
+        fits: whether it runs within it.
+        needs_nbytes: the peak, which exceeds the budget if it does not fit.
+        first_s: seconds of a first call, from an empty device, once its plan is known.
+        later_s: seconds of each call after it.
+        compute_s: of a later call, seconds that the device works.
+        stalled_s: of a later call, seconds that it waits for weights.
+        first_h2d_nbytes, h2d_nbytes: bytes that go to the device in a first call, and in a later.
+        copying_s: of a later call, seconds that the link is busy.
+        bound_s: the least that any plan could take for a later call.
+        shares: by component.
+    """
+
+    budget: int
+    fits: bool
+    needs_nbytes: int
+    first_s: float
+    later_s: float
+    compute_s: float
+    stalled_s: float
+    first_h2d_nbytes: int
+    h2d_nbytes: int
+    copying_s: float
+    bound_s: float
+    shares: tuple[Share, ...]
+
+    @property
+    def efficiency(self) -> float:
+        """The bound over the prediction: 1 is the best there is."""
+        return min(1.0, self.bound_s / self.later_s) if self.later_s > 0 else 1.0
+
+    @property
+    def bound_by(self) -> str:
+        """What a later call's time goes by: "compute", or "link"."""
+        if self.stalled_s <= _NEGLIGIBLE * self.later_s:
+            return "compute"
+        return "link"
+
+
+def usable(budget: int) -> int:
+    """The bytes of a budget that are planned with, as the engine does it."""
+    return budget - budget // 128
+
+
+def budget_of(nbytes: int) -> int:
+    """The smallest budget of which so many bytes are planned with."""
+    budget = nbytes * 128 // 127
+    while usable(budget) < nbytes:
+        budget += 1
+    return budget
+
+
+def least_of(cut: Cut) -> int:
+    """The smallest budget in which every step has room for its weights and what it works on."""
+    return budget_of(
+        max(
+            sum(cut.sizes[name] for name in step.needs) + (step.beside_nbytes or 0)
+            for step in cut.steps
+        )
+    )
+
+
+def whole_of(cut: Cut) -> int:
+    """The smallest budget in which everything stays."""
+    weights = sum(cut.sizes[n] for n in {name for step in cut.steps for name in step.needs})
+    return budget_of(weights + max(step.beside_nbytes or 0 for step in cut.steps))
+
+
+def within(recording: Recording, budget: int) -> Within:
+    """What the recorded call takes within this budget."""
+    cut, card = recording.cut_for(budget), recording.card
+    plan = make_plan(cut.steps, cut.sizes, usable(budget), card.costs)
+    walked = _Walk(plan, card)
+    first = _timeline(plan, walked.first_checks, card, 1)
+    later = _timeline(plan, walked.later_checks, card, _CALLS)
+    bound = lower_bound(
+        cut.steps,
+        cut.sizes,
+        usable(budget),
+        dataclasses.replace(card.costs, copy_s=0.0),
+        Start.IN_A_ROW,
+    )
+    peak = max(first.peak_nbytes, later.peak_nbytes)
+    return Within(
+        budget,
+        peak <= usable(budget),
+        peak,
+        first.seconds + recording.outside_s,
+        later.seconds + recording.outside_s,
+        later.compute_s + recording.outside_s,
+        later.stalled_s,
+        first.h2d_nbytes,
+        later.h2d_nbytes,
+        later.h2d_nbytes / card.link_bytes_per_s,
+        min(bound.seconds, later.seconds) + recording.outside_s,
+        _shares(cut, walked),
+    )
+
+
+def _timeline(plan: Plan, checks: Mapping[int, float], card: Card, calls: int) -> Timeline:
+    """The last of some calls, with the looking for changes that is done beside each step."""
+    steps = tuple(
+        dataclasses.replace(step, seconds=(step.seconds or 0.0) + checks.get(i, 0.0))
+        for i, step in enumerate(plan.steps)
+    )
+    return run(dataclasses.replace(plan, steps=steps), card.costs, calls=calls)[-1]
+
+
+class _Walk:
+    """Follows the plan for some calls, and counts what goes where in the first and in the last.
+
+    sent: bytes that go to the device for each part in the last call. left: parts that leave in it.
+    first_checks, last_checks: seconds of looking for changes beside each step.
+    """
+
+    def __init__(self, plan: Plan, card: Card) -> None:
+        self.sent: Counter[str] = Counter()
+        self._plan, self._card = plan, card
+        director = Director(plan)
+        checks = [self._call(director, is_last=i == _CALLS - 1) for i in range(_CALLS)]
+        self.first_checks, self.later_checks = checks[0], checks[-1]
+
+    def _call(self, director: Director, *, is_last: bool) -> dict[int, float]:
+        plan, checks = self._plan, dict[int, float]()
+        seen: set[str] = set()
+        director.begin_call()
+        for i, step in enumerate(plan.steps):
+            orders = director.begin(step)
+            nbytes = [plan.sizes[name] for name in orders.release]
+            nbytes += [plan.sizes[name] for name in orders.onload if name not in seen]
+            seen.update(orders.onload)
+            if nbytes:
+                checks[i] = sum(map(self._check_s, nbytes))
+            if is_last:
+                self.sent.update({name: plan.sizes[name] for name in orders.onload})
+        ahead = director.end_call().onload
+        if is_last:
+            self.sent.update({name: plan.sizes[name] for name in ahead})
+        return checks
+
+    def _check_s(self, nbytes: int) -> float:
+        rate = self._card.check_bytes_per_s
+        return 0.0 if rate is None else nbytes / rate + _KERNELS_OF_A_CHECK * self._card.kernel_s
+
+
+def _shares(cut: Cut, walked: _Walk) -> tuple[Share, ...]:
+    names = dict.fromkeys(component_of(name) for step in cut.steps for name in step.needs)
+    used = {name for step in cut.steps for name in step.needs}
+    found = []
+    for component in names:
+        parts = [name for name in used if component_of(name) == component]
+        mine = [step for step in cut.steps if component_of(step.part) == component]
+        found.append(
+            Share(
+                component,
+                sum(cut.sizes[name] for name in parts),
+                sum(cut.sizes[name] for name in parts if name not in walked.sent),
+                sum(walked.sent[name] for name in parts),
+                _forwards(mine),
+                sum(step.seconds or 0.0 for step in mine),
+                max((step.beside_nbytes or 0 for step in mine), default=0),
+            )
+        )
+    return tuple(found)
+
+
+def _forwards(steps: list[Step]) -> int:
+    return sum(step.opens for step in steps)
+
+
+def component_of(part: str) -> str:
+    """The component that a part is of: "unet" of "unet.down_blocks.0"."""
+    return part.partition(".")[0]
