@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from . import observe
     from .drop_in import install, uninstall
     from .errors import GreenroomError, NoAcceleratorError, UsageError, WeightsError
-    from .forecast import Forecast, predict, trace_of
+    from .forecast import Forecast, Recording, predict, trace_of
     from .observe import Report, report
     from .pipeline import (
         OffloadMixin,
@@ -26,6 +26,7 @@ __all__ = [
     "GreenroomError",
     "NoAcceleratorError",
     "OffloadMixin",
+    "Recording",
     "Report",
     "UsageError",
     "WeightsError",
@@ -47,6 +48,7 @@ _HOMES = {
     "Forecast": "forecast",
     "GreenroomError": "errors",
     "NoAcceleratorError": "errors",
+    "Recording": "forecast",
     "Report": "observe",
     "UsageError": "errors",
     "WeightsError": "errors",

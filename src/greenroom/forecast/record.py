@@ -67,7 +67,8 @@ class Recorder:
                 self._kernels_s = resident.busy["compute"]
         finally:
             disable_model_cpu_offload(self._pipe)
-        self._cuts[cut_to] = _without(cut, learning.busy["compute"] - self._kernels_s)
+        looking_s = learning.busy["compute"] - self._kernels_s
+        self._cuts[cut_to] = _shortened(cut, looking_s, self._resident_s)
 
     def _measured(self) -> sim.Cost:
         with sim.measure() as cost:
@@ -111,12 +112,17 @@ def card_of(profile: sim.Profile) -> Card:
     )
 
 
-def _without(cut: Cut, seconds: float) -> Cut:
-    """With so many seconds less, of all steps alike.
+def _shortened(cut: Cut, seconds: float, most_s: float) -> Cut:
+    """With so many seconds less, and no more than `most_s`, of all steps alike.
 
-    Weights came while it was recorded, and the device looked at them as they came.
+    Weights came while it was recorded; the device looked at them as they came, and the host had to
+    send them.
     """
     total = sum(step.seconds or 0.0 for step in cut.steps)
-    share = min(1.0, max(0.0, 1 - seconds / total)) if total > 0 else 1.0
-    steps = [dataclasses.replace(step, seconds=(step.seconds or 0.0) * share) for step in cut.steps]
+    if total <= 0:
+        return cut
+    share = min(max(total - max(seconds, 0.0), 0.0), most_s) / total
+    steps = [
+        dataclasses.replace(step, seconds=(step.seconds or 0.0) * share) for step in cut.steps
+    ]
     return dataclasses.replace(cut, steps=tuple(steps))

@@ -2,7 +2,9 @@
 
 Note [Looking for changes]: a part's bytes are read once when it first arrives in a call, and once
 each time it is given up, to tell whether anybody has changed them. That work is the device's, so it
-is added to the steps that it is done beside.
+is added to the steps that it is done beside. The host learns what came of it before it sends
+another part into that place, and so may be late with what comes next, if the steps since the part's
+last use were short.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from ..core.trace import Step
 from .recording import Card, Cut, Recording
 
 _CALLS = 3  # in a row: the third begins as all later ones do
-_KERNELS_OF_A_CHECK = 8
+_KERNELS_OF_A_CHECK = 10
 _NEGLIGIBLE = 0.01  # of a call
 
 
@@ -124,9 +126,9 @@ def within(recording: Recording, budget: int) -> Within:
     """What the recorded call takes within this budget."""
     cut, card = recording.cut_for(budget), recording.card
     plan = make_plan(cut.steps, cut.sizes, usable(budget), card.costs)
-    walked = _Walk(plan, card)
-    first = _timeline(plan, walked.first_checks, card, 1)
-    later = _timeline(plan, walked.later_checks, card, _CALLS)
+    walked = _walk(plan, card)
+    first = _timeline(plan, walked[0], card, 1)
+    later = _timeline(plan, walked[-1], card, _CALLS)
     bound = lower_bound(
         cut.steps,
         cut.sizes,
@@ -147,57 +149,71 @@ def within(recording: Recording, budget: int) -> Within:
         later.h2d_nbytes,
         later.h2d_nbytes / card.link_bytes_per_s,
         min(bound.seconds, later.seconds) + recording.outside_s,
-        _shares(cut, walked),
+        _shares(cut, walked[-1].sent),
     )
 
 
-def _timeline(plan: Plan, checks: Mapping[int, float], card: Card, calls: int) -> Timeline:
-    """The last of some calls, with the looking for changes that is done beside each step."""
+def _timeline(plan: Plan, beside: _Beside, card: Card, calls: int) -> Timeline:
+    """The last of some calls, with all that is beside its steps."""
     steps = tuple(
-        dataclasses.replace(step, seconds=(step.seconds or 0.0) + checks.get(i, 0.0))
+        dataclasses.replace(
+            step,
+            seconds=(step.seconds or 0.0) + beside.checks.get(i, 0.0) + beside.pauses.get(i, 0.0),
+        )
         for i, step in enumerate(plan.steps)
     )
-    return run(dataclasses.replace(plan, steps=steps), card.costs, calls=calls)[-1]
+    found = run(dataclasses.replace(plan, steps=steps), card.costs, calls=calls)[-1]
+    paused = sum(beside.pauses.values())
+    return dataclasses.replace(
+        found, compute_s=found.compute_s - paused, stalled_s=found.stalled_s + paused
+    )
 
 
-class _Walk:
-    """Follows the plan for some calls, and counts what goes where in the first and in the last.
+@dataclass(frozen=True)
+class _Beside:
+    """Of a call, by position: seconds of looking for changes, and of waiting for the host."""
 
-    sent: bytes that go to the device for each part in the last call. left: parts that leave in it.
-    first_checks, last_checks: seconds of looking for changes beside each step.
-    """
-
-    def __init__(self, plan: Plan, card: Card) -> None:
-        self.sent: Counter[str] = Counter()
-        self._plan, self._card = plan, card
-        director = Director(plan)
-        checks = [self._call(director, is_last=i == _CALLS - 1) for i in range(_CALLS)]
-        self.first_checks, self.later_checks = checks[0], checks[-1]
-
-    def _call(self, director: Director, *, is_last: bool) -> dict[int, float]:
-        plan, checks = self._plan, dict[int, float]()
-        seen: set[str] = set()
-        director.begin_call()
-        for i, step in enumerate(plan.steps):
-            orders = director.begin(step)
-            nbytes = [plan.sizes[name] for name in orders.release]
-            nbytes += [plan.sizes[name] for name in orders.onload if name not in seen]
-            seen.update(orders.onload)
-            if nbytes:
-                checks[i] = sum(map(self._check_s, nbytes))
-            if is_last:
-                self.sent.update({name: plan.sizes[name] for name in orders.onload})
-        ahead = director.end_call().onload
-        if is_last:
-            self.sent.update({name: plan.sizes[name] for name in ahead})
-        return checks
-
-    def _check_s(self, nbytes: int) -> float:
-        rate = self._card.check_bytes_per_s
-        return 0.0 if rate is None else nbytes / rate + _KERNELS_OF_A_CHECK * self._card.kernel_s
+    checks: Mapping[int, float]
+    pauses: Mapping[int, float]
+    sent: Counter[str]  # bytes that go to the device for each part
 
 
-def _shares(cut: Cut, walked: _Walk) -> tuple[Share, ...]:
+def _walk(plan: Plan, card: Card) -> list[_Beside]:
+    """Follow the plan for some calls."""
+    director = Director(plan)
+    return [_call(director, card) for _ in range(_CALLS)]
+
+
+def _call(director: Director, card: Card) -> _Beside:
+    plan = director.plan
+    checks: dict[int, float] = {}
+    pauses: dict[int, float] = {}
+    sent: Counter[str] = Counter()
+    over: dict[str, float] = {}  # when each part's last step was
+    now = 0.0
+    director.begin_call()
+    for i, step in enumerate(plan.steps):
+        orders = director.begin(step)
+        nbytes = [plan.sizes[name] for name in orders.release]
+        nbytes += [plan.sizes[name] for name in orders.onload if name not in sent]
+        if nbytes:
+            checks[i] = sum(_check_s(size, card) for size in nbytes)
+        sent.update({name: plan.sizes[name] for name in orders.onload})
+        since = now - max((over.get(name, 0.0) for name in orders.offload), default=0.0)
+        if orders.offload and 0 < since < card.costs.pause_s:  # 0: in the timeline already
+            pauses[i] = card.costs.pause_s - since
+        now += (step.seconds or 0.0) + pauses.get(i, 0.0)
+        over.update(dict.fromkeys(step.needs, now))
+    sent.update({name: plan.sizes[name] for name in director.end_call().onload})
+    return _Beside(checks, pauses, sent)
+
+
+def _check_s(nbytes: int, card: Card) -> float:
+    rate = card.check_bytes_per_s
+    return 0.0 if rate is None else nbytes / rate + _KERNELS_OF_A_CHECK * card.kernel_s
+
+
+def _shares(cut: Cut, sent: Mapping[str, int]) -> tuple[Share, ...]:
     names = dict.fromkeys(component_of(name) for step in cut.steps for name in step.needs)
     used = {name for step in cut.steps for name in step.needs}
     found = []
@@ -208,8 +224,8 @@ def _shares(cut: Cut, walked: _Walk) -> tuple[Share, ...]:
             Share(
                 component,
                 sum(cut.sizes[name] for name in parts),
-                sum(cut.sizes[name] for name in parts if name not in walked.sent),
-                sum(walked.sent[name] for name in parts),
+                sum(cut.sizes[name] for name in parts if name not in sent),
+                sum(sent.get(name, 0) for name in parts),
                 _forwards(mine),
                 sum(step.seconds or 0.0 for step in mine),
                 max((step.beside_nbytes or 0 for step in mine), default=0),
