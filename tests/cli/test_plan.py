@@ -111,8 +111,9 @@ def test_the_table_answers_whether_how_fast_and_why_not_faster(
 @pytest.mark.slow
 def test_the_dtype_is_as_stored_or_as_said(greenroom_command: Command, saved: Saved) -> None:
     call = ["plan", saved("sd"), "--simulate", "rtx-4090", "--steps", 1, "--json"]
-    stored, half = report(greenroom_command(*call)), report(
-        greenroom_command(*call, "--dtype", "float16")
+    stored, half = (
+        report(greenroom_command(*call)),
+        report(greenroom_command(*call, "--dtype", "float16")),
     )
     assert (stored["dtype"], half["dtype"]) == ("float32", "float16")
     assert half["weights_bytes"] < 0.6 * stored["weights_bytes"]

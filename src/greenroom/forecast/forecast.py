@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.units import format_bytes
 from .recording import Recording
-from .within import Within, least_of, whole_of, within
+from .within import Within, with_first_call, within
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _FREE = 1.01  # times what a resident call takes: who would notice?
-_HALVINGS = 5  # of the stretch of budgets in which it begins to cost nothing
-_POINTS = 12  # of the curve, besides those that mean something
+_HALVINGS = 4  # of the stretch of budgets in which it begins to cost nothing
+_POINTS = 10  # of the curve, besides those that mean something
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Forecast:
     Attributes:
         recording: the measured call that all of it is computed from.
         asked: what it takes within the budget that was asked for.
-        curve: what it takes within other budgets, smallest first.
+        curve: what it takes within other budgets, smallest first; of first calls it tells for those
+            that mean something.
         smallest: of those in which it runs.
         free: the smallest within which a later call takes at most 1 % longer than a resident one.
         resident: the smallest within which everything stays on the device.
@@ -150,7 +151,7 @@ def forecast(
 
     asked = at(budget)
     smallest = _smallest(recording, at)
-    resident = at(max(whole_of(recording.cut_for(2**62)), smallest.budget))
+    resident = at(max(recording.cut_for(2**62).whole, smallest.budget))
     curve = {smallest.budget, resident.budget}
     ratio = (resident.budget / smallest.budget) ** (1 / (_POINTS + 1))
     curve |= {int(smallest.budget * ratio**i) for i in range(1, _POINTS + 1)}
@@ -158,23 +159,31 @@ def forecast(
         curve.add(budget)
     points = [at(nbytes) for nbytes in sorted(curve)]
     free = _free(points, resident, at)
-    points = sorted({*points, free}, key=lambda point: point.budget)
-    return Forecast(recording, asked, tuple(points), smallest, free, resident)
+    known = {point.budget: point for point in (*points, free)}
+    for budget in dict.fromkeys(p.budget for p in (asked, smallest, free, resident)):
+        known[budget] = with_first_call(recording, at(budget))
+        note()
+    curve_of = sorted(known) if asked.fits else sorted(known.keys() - {asked.budget})
+    return Forecast(
+        recording,
+        known[asked.budget],
+        tuple(known[budget] for budget in curve_of),
+        known[smallest.budget],
+        known[free.budget],
+        known[resident.budget],
+    )
 
 
 def most_points() -> int:
     """How many budgets are planned at most, or about."""
-    return _POINTS + 4 + _HALVINGS
+    return _POINTS + 4 + _HALVINGS + 4
 
 
 def _smallest(recording: Recording, at: Callable[[int], Within]) -> Within:
     """The smallest budget within which it runs, of the cuts that were recorded."""
-    for budget in sorted(max(least_of(cut), 1) for cut in recording.cuts):
-        if at(budget).fits:
-            return at(budget)
-    budget = max(least_of(cut) for cut in recording.cuts)
+    budget = min(cut.least for cut in recording.cuts)
     while not at(budget).fits:
-        budget += max(budget // 64, 1)
+        budget += max(budget // 16, 1)
     return at(budget)
 
 
@@ -196,8 +205,10 @@ def _free(points: list[Within], resident: Within, at: Callable[[int], Within]) -
     return above
 
 
-def seconds(spent: float) -> str:
+def seconds(spent: float | None) -> str:
     """Seconds, as people read them."""
+    if spent is None:
+        return ""
     return f"{spent:.2f} s" if spent >= 1 else f"{spent * 1e3:.1f} ms"
 
 

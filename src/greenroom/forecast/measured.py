@@ -44,7 +44,7 @@ def trace_of(pipe: Any) -> Recording:
             )
         if engine.device.type == "sim":
             from .. import sim
-            from .record import card_of
+            from .recorder import card_of
 
             card = card_of(sim.current_profile())
         else:
@@ -52,7 +52,7 @@ def trace_of(pipe: Any) -> Recording:
             name = getattr(module, "get_device_name", str)(engine.device)
             memory = engine.backend.memory_bytes()
             card = Card(str(name), False, memory, plan.costs.h2d_bytes_per_s)
-    return Recording(type(pipe).__name__, _dtype_of(pipe), {}, card, 0.0, None, (cut_of(within),))
+    return Recording(type(pipe).__name__, _dtype_of(pipe), {}, card, None, (cut_of(within),))
 
 
 def cut_of(within: WithinBudget) -> Cut:

@@ -63,9 +63,10 @@ def _draw_curves(axes: Axes, forecast: Forecast, unit: int, time: float) -> None
         budgets, compute, later, color=WAIT_COLOUR, alpha=0.8, linewidth=0, label="and waits"
     )
     dots: dict[str, Any] = {"marker": "o", "markersize": 3.5}
+    firsts = [(p.budget / unit, p.first_s / time) for p in points if p.first_s is not None]
     axes.plot(
-        budgets,
-        [point.first_s / time for point in points],
+        [at for at, _ in firsts],
+        [spent for _, spent in firsts],
         color=_FIRST,
         linewidth=1.2,
         label="the first call",
@@ -80,7 +81,7 @@ def _draw_curves(axes: Axes, forecast: Forecast, unit: int, time: float) -> None
         linestyle=(0, (2, 2)),
         label="the least possible",
     )
-    axes.set_ylim(0, 1.15 * max(point.first_s for point in points) / time)
+    axes.set_ylim(0, 1.15 * max([*later, *(spent for _, spent in firsts)]))
     axes.set_xlim(0, 1.04 * budgets[-1])
 
 

@@ -16,7 +16,6 @@ from ..model_folder import DTYPES, open_folder
 from ..question import Question
 from .forecast import Forecast, forecast, most_points
 from .recording import COARSEST, Card, Recording
-from .within import least_of
 
 _PROMPT = "an astronaut riding a green horse"
 _RECUTS = 2  # for small budgets
@@ -76,7 +75,7 @@ def record(
     question.check(folder.pipeline_class)
     from .. import sim
     from .blank import build, dtype_of
-    from .record import Recorder, card_of, simulator_as_before
+    from .recorder import Recorder, card_of, simulator_as_before
 
     try:
         card = card_of(sim.get_profile(device))
@@ -96,7 +95,7 @@ def record(
             least = granted
             for _ in range(_RECUTS):
                 before = least
-                least = least_of(recorder.recording(name, said, {}).cut_for(least))
+                least = recorder.recording(name, said, {}).cut_for(least).least
                 if least >= COARSEST or least > 0.9 * before:
                     break
                 recorder.record(least)

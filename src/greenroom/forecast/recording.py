@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ FORMAT, VERSION = "greenroom trace", 1
 #: Budgets from here on have their parts cut alike: a 32nd of it is as much as a part may have.
 COARSEST = 4 * 2**30
 
+_KERNELS_OF_A_CHECK = 10
+
+
+def usable(budget: int) -> int:
+    """The bytes of a budget that are planned with, as the engine does it."""
+    return budget - budget // 128
+
+
+def budget_of(nbytes: int) -> int:
+    """The smallest budget of which so many bytes are planned with."""
+    budget = nbytes * 128 // 127
+    while usable(budget) < nbytes:
+        budget += 1
+    return budget
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -31,12 +47,30 @@ class Cut:
 
     sizes: bytes of each part. steps: in the order in which they ran, measured.
     expected: the steps that a first call expects before anything was measured.
+    outside_s: seconds of each call that are in no step.
     """
 
     cut_to: int
     sizes: Mapping[str, int]
     steps: tuple[Step, ...]
     expected: tuple[Step, ...] = ()
+    outside_s: float = 0.0
+
+    @cached_property
+    def least(self) -> int:
+        """The smallest budget in which every step has room for its weights and what it works on."""
+        return budget_of(
+            max(
+                sum(self.sizes[name] for name in step.needs) + (step.beside_nbytes or 0)
+                for step in self.steps
+            )
+        )
+
+    @cached_property
+    def whole(self) -> int:
+        """The smallest budget in which everything stays."""
+        weights = sum(self.sizes[n] for n in {name for step in self.steps for name in step.needs})
+        return budget_of(weights + max(step.beside_nbytes or 0 for step in self.steps))
 
 
 @dataclass(frozen=True)
@@ -60,12 +94,17 @@ class Card:
         """What moving takes."""
         return Costs(self.link_bytes_per_s)
 
+    def check_s(self, nbytes: int) -> float:
+        """Seconds that the device takes to look at a part for changes."""
+        if self.check_bytes_per_s is None:
+            return 0.0
+        return nbytes / self.check_bytes_per_s + _KERNELS_OF_A_CHECK * self.kernel_s
+
 
 @dataclass(frozen=True)
 class Recording:
     """One kind of call of one pipeline on one card.
 
-    outside_s: seconds of each call in which no component is at work.
     prepare_s: to page-lock its weights, once; None if that was not measured.
     """
 
@@ -73,14 +112,17 @@ class Recording:
     dtype: str
     settings: Mapping[str, Any]
     card: Card
-    outside_s: float
     prepare_s: float | None
     cuts: tuple[Cut, ...]
 
     def cut_for(self, budget: int) -> Cut:
-        """The call with its parts cut for a budget, or for the nearest that was recorded."""
+        """The call with its parts cut for a budget, or for the nearest that was recorded.
+
+        Of those that the budget has room for, if there are any.
+        """
         wanted = min(budget, COARSEST)
-        return min(self.cuts, key=lambda c: max(c.cut_to, wanted) / max(min(c.cut_to, wanted), 1))
+        fitting = [cut for cut in self.cuts if cut.least <= budget] or self.cuts
+        return min(fitting, key=lambda c: max(c.cut_to, wanted) / max(min(c.cut_to, wanted), 1))
 
     # ---- files
 
@@ -110,7 +152,6 @@ class Recording:
                 "check_bytes_per_s": self.card.check_bytes_per_s,
                 "kernel_s": self.card.kernel_s,
             },
-            "outside_s": self.outside_s,
             "prepare_s": self.prepare_s,
             "cuts": [_cut_to_dict(cut) for cut in self.cuts],
         }
@@ -161,7 +202,6 @@ class Recording:
                     card["check_bytes_per_s"],
                     float(card["kernel_s"]),
                 ),
-                float(content["outside_s"]),
                 content["prepare_s"],
                 tuple(_cut_of(cut) for cut in content["cuts"]),
             )
@@ -192,6 +232,7 @@ def _cut_to_dict(cut: Cut) -> dict[str, Any]:
     steps, expected = rows(cut.steps), [row[0] for row in rows(cut.expected)]
     return {
         "cut_to": cut.cut_to,
+        "outside_s": cut.outside_s,
         "parts": [[name, nbytes] for name, nbytes in cut.sizes.items()],
         "places": [
             [names[part], [names[name] for name in held], opens] for part, held, opens in places
@@ -217,4 +258,5 @@ def _cut_of(content: Mapping[str, Any]) -> Cut:
         {str(name): int(nbytes) for name, nbytes in content["parts"]},
         tuple(step(*row) for row in content["steps"]),
         tuple(step(place, None, None) for place in content["expected"]),
+        float(content["outside_s"]),
     )

@@ -19,10 +19,10 @@ from ..core.director import Director
 from ..core.plan import Plan, make_plan
 from ..core.simulate import Timeline, run
 from ..core.trace import Step
-from .recording import Card, Cut, Recording
+from .learning import first_call
+from .recording import Card, Cut, Recording, usable
 
 _CALLS = 3  # in a row: the third begins as all later ones do
-_KERNELS_OF_A_CHECK = 10
 _NEGLIGIBLE = 0.01  # of a call
 
 
@@ -56,29 +56,30 @@ class Within:
     Attributes:
         budget: bytes of device memory, activations included.
         fits: whether it runs within it.
-        needs_nbytes: the peak, which exceeds the budget if it does not fit.
-        first_s: seconds of a first call, from an empty device, once its plan is known.
+        needs_nbytes: the peak, which exceeds what is planned with if it does not fit.
         later_s: seconds of each call after it.
         compute_s: of a later call, seconds that the device works.
         stalled_s: of a later call, seconds that it waits for weights.
-        first_h2d_nbytes, h2d_nbytes: bytes that go to the device in a first call, and in a later.
+        h2d_nbytes: of a later call, bytes that go to the device.
         copying_s: of a later call, seconds that the link is busy.
         bound_s: the least that any plan could take for a later call.
         shares: by component.
+        first_s, first_h2d_nbytes: of a first call, from an empty device, in which the plan is still
+            learned; None where that was not computed.
     """
 
     budget: int
     fits: bool
     needs_nbytes: int
-    first_s: float
     later_s: float
     compute_s: float
     stalled_s: float
-    first_h2d_nbytes: int
     h2d_nbytes: int
     copying_s: float
     bound_s: float
     shares: tuple[Share, ...]
+    first_s: float | None = None
+    first_h2d_nbytes: int | None = None
 
     @property
     def efficiency(self) -> float:
@@ -93,42 +94,12 @@ class Within:
         return "link"
 
 
-def usable(budget: int) -> int:
-    """The bytes of a budget that are planned with, as the engine does it."""
-    return budget - budget // 128
-
-
-def budget_of(nbytes: int) -> int:
-    """The smallest budget of which so many bytes are planned with."""
-    budget = nbytes * 128 // 127
-    while usable(budget) < nbytes:
-        budget += 1
-    return budget
-
-
-def least_of(cut: Cut) -> int:
-    """The smallest budget in which every step has room for its weights and what it works on."""
-    return budget_of(
-        max(
-            sum(cut.sizes[name] for name in step.needs) + (step.beside_nbytes or 0)
-            for step in cut.steps
-        )
-    )
-
-
-def whole_of(cut: Cut) -> int:
-    """The smallest budget in which everything stays."""
-    weights = sum(cut.sizes[n] for n in {name for step in cut.steps for name in step.needs})
-    return budget_of(weights + max(step.beside_nbytes or 0 for step in cut.steps))
-
-
 def within(recording: Recording, budget: int) -> Within:
     """What the recorded call takes within this budget."""
     cut, card = recording.cut_for(budget), recording.card
     plan = make_plan(cut.steps, cut.sizes, usable(budget), card.costs)
     walked = _walk(plan, card)
-    first = _timeline(plan, walked[0], card, 1)
-    later = _timeline(plan, walked[-1], card, _CALLS)
+    later = _timeline(plan, walked, card)
     bound = lower_bound(
         cut.steps,
         cut.sizes,
@@ -136,24 +107,30 @@ def within(recording: Recording, budget: int) -> Within:
         dataclasses.replace(card.costs, copy_s=0.0),
         Start.IN_A_ROW,
     )
-    peak = max(first.peak_nbytes, later.peak_nbytes)
     return Within(
         budget,
-        peak <= usable(budget),
-        peak,
-        first.seconds + recording.outside_s,
-        later.seconds + recording.outside_s,
-        later.compute_s + recording.outside_s,
+        later.peak_nbytes <= usable(budget),
+        later.peak_nbytes,
+        later.seconds + cut.outside_s,
+        later.compute_s + cut.outside_s,
         later.stalled_s,
-        first.h2d_nbytes,
         later.h2d_nbytes,
         later.h2d_nbytes / card.link_bytes_per_s,
-        min(bound.seconds, later.seconds) + recording.outside_s,
-        _shares(cut, walked[-1].sent),
+        min(bound.seconds, later.seconds) + cut.outside_s,
+        _shares(cut, walked.sent),
     )
 
 
-def _timeline(plan: Plan, beside: _Beside, card: Card, calls: int) -> Timeline:
+def with_first_call(recording: Recording, found: Within) -> Within:
+    """The same, and what a first call takes, which is several plans' work to tell."""
+    cut = recording.cut_for(found.budget)
+    first = first_call(cut, usable(found.budget), recording.card)
+    return dataclasses.replace(
+        found, first_s=first.seconds + cut.outside_s, first_h2d_nbytes=first.h2d_nbytes
+    )
+
+
+def _timeline(plan: Plan, beside: _Beside, card: Card) -> Timeline:
     """The last of some calls, with all that is beside its steps."""
     steps = tuple(
         dataclasses.replace(
@@ -162,7 +139,7 @@ def _timeline(plan: Plan, beside: _Beside, card: Card, calls: int) -> Timeline:
         )
         for i, step in enumerate(plan.steps)
     )
-    found = run(dataclasses.replace(plan, steps=steps), card.costs, calls=calls)[-1]
+    found = run(dataclasses.replace(plan, steps=steps), card.costs, calls=_CALLS)[-1]
     paused = sum(beside.pauses.values())
     return dataclasses.replace(
         found, compute_s=found.compute_s - paused, stalled_s=found.stalled_s + paused
@@ -178,10 +155,10 @@ class _Beside:
     sent: Counter[str]  # bytes that go to the device for each part
 
 
-def _walk(plan: Plan, card: Card) -> list[_Beside]:
-    """Follow the plan for some calls."""
+def _walk(plan: Plan, card: Card) -> _Beside:
+    """Follow the plan for some calls, and tell of the last."""
     director = Director(plan)
-    return [_call(director, card) for _ in range(_CALLS)]
+    return [_call(director, card) for _ in range(_CALLS)][-1]
 
 
 def _call(director: Director, card: Card) -> _Beside:
@@ -197,7 +174,7 @@ def _call(director: Director, card: Card) -> _Beside:
         nbytes = [plan.sizes[name] for name in orders.release]
         nbytes += [plan.sizes[name] for name in orders.onload if name not in sent]
         if nbytes:
-            checks[i] = sum(_check_s(size, card) for size in nbytes)
+            checks[i] = sum(map(card.check_s, nbytes))
         sent.update({name: plan.sizes[name] for name in orders.onload})
         since = now - max((over.get(name, 0.0) for name in orders.offload), default=0.0)
         if orders.offload and 0 < since < card.costs.pause_s:  # 0: in the timeline already
@@ -206,11 +183,6 @@ def _call(director: Director, card: Card) -> _Beside:
         over.update(dict.fromkeys(step.needs, now))
     sent.update({name: plan.sizes[name] for name in director.end_call().onload})
     return _Beside(checks, pauses, sent)
-
-
-def _check_s(nbytes: int, card: Card) -> float:
-    rate = card.check_bytes_per_s
-    return 0.0 if rate is None else nbytes / rate + _KERNELS_OF_A_CHECK * card.kernel_s
 
 
 def _shares(cut: Cut, sent: Mapping[str, int]) -> tuple[Share, ...]:

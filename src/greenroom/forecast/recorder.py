@@ -78,13 +78,11 @@ class Recorder:
 
     def recording(self, pipeline: str, dtype: str, settings: Mapping[str, Any]) -> Recording:
         """All that was recorded so far."""
-        inside_s = min(sum(s.seconds or 0.0 for s in cut.steps) for cut in self._cuts.values())
         return Recording(
             pipeline,
             dtype,
             settings,
             card_of(self._profile),
-            max(0.0, self._resident_s - inside_s),
             self._prepare_s,
             tuple(self._cuts[cut_to] for cut_to in sorted(self._cuts)),
         )
@@ -122,7 +120,5 @@ def _shortened(cut: Cut, seconds: float, most_s: float) -> Cut:
     if total <= 0:
         return cut
     share = min(max(total - max(seconds, 0.0), 0.0), most_s) / total
-    steps = [
-        dataclasses.replace(step, seconds=(step.seconds or 0.0) * share) for step in cut.steps
-    ]
-    return dataclasses.replace(cut, steps=tuple(steps))
+    steps = [dataclasses.replace(step, seconds=(step.seconds or 0.0) * share) for step in cut.steps]
+    return dataclasses.replace(cut, steps=tuple(steps), outside_s=most_s - share * total)
