@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from ..core.units import format_bytes
@@ -68,9 +69,11 @@ def _draw_curves(axes: Axes, forecast: Forecast, unit: int, time: float) -> None
         [at for at, _ in firsts],
         [spent for _, spent in firsts],
         color=_FIRST,
-        linewidth=1.2,
+        linestyle="none",
+        marker="D",
+        markersize=5,
         label="the first call",
-        **dots,
+        zorder=4,
     )
     axes.plot(budgets, later, color=_LATER, linewidth=1.8, label="a later call", **dots)
     axes.plot(
@@ -146,5 +149,5 @@ def _title(forecast: Forecast) -> str:
     recording, card = forecast.recording, forecast.recording.card
     where = f"simulated {card.name}" if card.is_simulated else card.name
     call = settings_said(recording.settings)
-    parts = [f"{recording.pipeline} in {recording.dtype}", where, *([call] if call else [])]
-    return "   ·   ".join(parts)
+    title = f"{recording.pipeline} in {recording.dtype}   ·   {where}"
+    return f"{title}\n{textwrap.shorten(call, 120)}" if call else title

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -127,7 +127,7 @@ class Recording:
     # ---- files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it as a JSON file of some ten kilobytes.
+        """Write it as a JSON file, of a megabyte at most for pipelines there are.
 
         Raises:
             OSError: it cannot be written.
@@ -139,8 +139,9 @@ class Recording:
         return {
             "format": FORMAT,
             "version": VERSION,
-            "about": "steps are [index of the place, seconds or null, bytes besides weights or "
-            "null]; a place is [part, parts held meanwhile, whether a forward begins]",
+            "about": "steps are indices of kinds; a kind is [index of the place, seconds or null, "
+            "bytes besides weights or null]; a place is [index of the part, those held meanwhile, "
+            "whether a forward begins]; expected are indices of places",
             "pipeline": self.pipeline,
             "dtype": self.dtype,
             "settings": dict(self.settings),
@@ -219,17 +220,15 @@ def _cut_to_dict(cut: Cut) -> dict[str, Any]:
     names = {name: number for number, name in enumerate(cut.sizes)}
     places: dict[Any, int] = {}
 
-    def rows(steps: Sequence[Step]) -> list[list[Any]]:
-        return [
-            [
-                places.setdefault(step.place, len(places)),
-                None if step.seconds is None else round(step.seconds, 9),
-                step.beside_nbytes,
-            ]
-            for step in steps
-        ]
+    def place(step: Step) -> int:
+        return places.setdefault(step.place, len(places))
 
-    steps, expected = rows(cut.steps), [row[0] for row in rows(cut.expected)]
+    def kind(step: Step) -> int:
+        seconds = None if step.seconds is None else round(step.seconds, 9)
+        return kinds.setdefault((place(step), seconds, step.beside_nbytes), len(kinds))
+
+    kinds: dict[tuple[int, float | None, int | None], int] = {}
+    steps, expected = list(map(kind, cut.steps)), list(map(place, cut.expected))
     return {
         "cut_to": cut.cut_to,
         "outside_s": cut.outside_s,
@@ -237,6 +236,7 @@ def _cut_to_dict(cut: Cut) -> dict[str, Any]:
         "places": [
             [names[part], [names[name] for name in held], opens] for part, held, opens in places
         ],
+        "kinds": [list(found) for found in kinds],
         "steps": steps,
         "expected": expected,
     }
@@ -256,7 +256,7 @@ def _cut_of(content: Mapping[str, Any]) -> Cut:
     return Cut(
         int(content["cut_to"]),
         {str(name): int(nbytes) for name, nbytes in content["parts"]},
-        tuple(step(*row) for row in content["steps"]),
+        tuple(step(*content["kinds"][number]) for number in content["steps"]),
         tuple(step(place, None, None) for place in content["expected"]),
         float(content["outside_s"]),
     )

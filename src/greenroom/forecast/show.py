@@ -86,7 +86,7 @@ def _components(forecast: Forecast) -> Table:
 
 def _budgets(forecast: Forecast) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("budget", "first call", "a later call", "waits", "to device", "efficiency"):
+    for heading in ("budget", "first call", "later call", "waits", "to device", "efficiency"):
         table.add_column(heading, justify="right")
     table.add_column("bound by")
     table.add_column("", no_wrap=True)
@@ -117,7 +117,7 @@ def _meaning(forecast: Forecast, point: Within) -> str:
         )
         if which.budget == budget
     ]
-    if memory is not None and budget > memory:
+    if not meanings and memory is not None and budget > memory:
         meanings.append("more than it has")
     return ", ".join(meanings)
 
