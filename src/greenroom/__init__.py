@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import observe
     from .drop_in import install, uninstall
     from .errors import GreenroomError, NoAcceleratorError, UsageError, WeightsError
+    from .forecast import Forecast, Recording, predict, trace_of
     from .observe import Report, report
     from .pipeline import (
         OffloadMixin,
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Forecast",
     "GreenroomError",
     "NoAcceleratorError",
     "OffloadMixin",
+    "Recording",
     "Report",
     "UsageError",
     "WeightsError",
@@ -33,20 +36,26 @@ __all__ = [
     "install",
     "observe",
     "offload_now",
+    "predict",
     "report",
+    "trace_of",
     "uninstall",
 ]
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "Forecast": "forecast",
     "GreenroomError": "errors",
     "NoAcceleratorError": "errors",
+    "Recording": "forecast",
     "Report": "observe",
     "UsageError": "errors",
     "WeightsError": "errors",
     "install": "drop_in",
+    "predict": "forecast",
     "report": "observe",
+    "trace_of": "forecast",
     "uninstall": "drop_in",
 }
 

@@ -185,6 +185,96 @@ def demo(
     raise typer.Exit(0 if report.is_sound else 1)
 
 
+@app.command(short_help="Predict whether a pipeline runs within a budget, and how fast.")
+def plan(
+    model: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[MODEL_DIR]",
+            help="A folder with a diffusers pipeline. Its configs are enough; weights are not "
+            "looked at.",
+            show_default=False,
+        ),
+    ] = None,
+    card: Annotated[
+        str | None,
+        typer.Option(
+            "--simulate",
+            "--device",
+            metavar="CARD",
+            help="The card to plan for: rtx-4090, h200 ... (rtx-4060-laptop if none).",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES",
+            help='Device memory to run within: "12GiB", or "80%" of the card\'s. Else all it has.',
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Width and height, e.g. 1024x1024.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other argument of the pipeline's call, e.g. guidance_scale=3.5. Repeatable.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float16, bfloat16, float32, or auto: what the weights are stored in, else what "
+            "the configs say."
+        ),
+    ] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Draw seconds over the budget, as a PNG. What is there is replaced.",
+        ),
+    ] = None,
+    save_trace: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write what was measured, to plan with elsewhere."),
+    ] = None,
+    from_trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Plan with what was measured before, instead of MODEL_DIR."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict, before running, whether a pipeline runs within a budget, how fast, and why.
+
+    The pipeline is built from its configs, without weights, and called once on the simulated card
+    as if there were memory enough. From what was measured then, the plan for any budget is
+    computed, and how long it takes. Exit codes: 0 it runs within the budget, 1 it does not, 2
+    wrong usage.
+    """
+    with _sentences():
+        from . import jobs
+
+        found = jobs.plan(
+            model,
+            card=card,
+            budget=budget,
+            settings=jobs.call_settings(steps, size, None, None, settings or ()),
+            dtype=dtype,
+            output=output,
+            save_trace=save_trace,
+            from_trace=from_trace,
+        )
+    jobs.print_forecast(found, as_json=as_json)
+    raise typer.Exit(0 if found.fits else 1)
+
+
 @app.command(
     "exec",
     short_help="Run a script, unchanged, with greenroom behind its offloading.",

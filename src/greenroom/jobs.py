@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,8 +21,11 @@ from .compare import GREENROOM, TWO_WAYS, Row, Way, compare
 from .core.units import format_bytes
 from .errors import UsageError
 from .model_folder import DTYPES, ModelFolder, component_sizes, open_folder
-from .place import Place, capacities, find_place
+from .place import DEFAULT_PROFILE, Place, capacities, find_place
 from .question import Question
+
+if TYPE_CHECKING:
+    from .forecast import Forecast
 
 #: Arguments of a call that have options of their own, or are none of the user's.
 _NOT_TO_SET = ("prompt", "generator", "output_type", "return_dict")
@@ -188,6 +192,89 @@ def demo(
         rows,
         [*_write(rows, answers, output), *_write_memory(reports, output)],
     )
+
+
+def plan(
+    model: Path | None,
+    *,
+    card: str | None = None,
+    budget: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    dtype: str = "auto",
+    output: Path | None = None,
+    save_trace: Path | None = None,
+    from_trace: Path | None = None,
+) -> Forecast:
+    """Predict what a pipeline will take. The arguments are those of the command.
+
+    Raises:
+        UsageError: what was asked cannot be. Nothing has been written.
+        SimulatorBuildError, OSError: it did not come out.
+    """
+    from .forecast import Recording, forecast_within, record
+
+    for file in (output, save_trace):
+        if file is not None:
+            _check_file(file)
+    if output is not None and output.suffix.lower() != ".png":
+        raise UsageError(f"the curve is drawn as a PNG: --output curve.png, not {str(output)!r}")
+    if from_trace is not None:
+        _refuse_beside_a_trace(model, card, dtype, settings)
+        recording = Recording.load(from_trace)
+    elif model is None:
+        raise UsageError("name the pipeline's folder, MODEL_DIR, or a trace: --from-trace FILE")
+    else:
+        _quieten()
+        _say(f"building {model} from its configs, and calling it on a simulated card")
+        recording = record(
+            model, device=card or DEFAULT_PROFILE, budget=budget, dtype=dtype, settings=settings
+        )
+    found = forecast_within(recording, budget)
+    if save_trace is not None:
+        recording.save(save_trace)
+        _say(f"wrote {save_trace}")
+    if output is not None:
+        found.draw(output)
+        _say(f"wrote {output}")
+    return found
+
+
+def print_forecast(forecast: Forecast, *, as_json: bool) -> None:
+    """Print it on standard output."""
+    if as_json:
+        print(json.dumps(forecast.to_dict(), indent=2))
+        return
+    from rich.console import Console
+
+    # What is no terminal has no width of its own.
+    Console(width=None if sys.stdout.isatty() else 110, highlight=False).print(forecast)
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        what = path if path.is_dir() else path.parent
+        why = "it is a folder" if path.is_dir() else "no folder that can be written to"
+        raise UsageError(f"{str(path)!r} cannot be written: {str(what)!r}: {why}")
+
+
+def _refuse_beside_a_trace(
+    model: Path | None, card: str | None, dtype: str, settings: Mapping[str, Any] | None
+) -> None:
+    given = [
+        name
+        for name, is_given in (
+            ("MODEL_DIR", model is not None),
+            ("--simulate", card is not None),
+            ("--dtype", dtype != "auto"),
+            ("--steps, --size and --set", bool(settings)),
+        )
+        if is_given
+    ]
+    if given:
+        raise UsageError(
+            f"a trace says itself what was measured: leave out {' and '.join(given)}, or "
+            "--from-trace"
+        )
 
 
 def _write_memory(reports: Mapping[str, observe.Report], output: Path) -> list[Path]:

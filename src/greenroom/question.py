@@ -98,8 +98,8 @@ def _parameters(pipeline_class: type) -> dict[str, inspect.Parameter]:
 
 def _needs_more(name: str, missing: list[str]) -> str:
     return (
-        f"{name} needs more than a prompt: {', '.join(missing)}. `greenroom run` has only a prompt "
-        "to give; a script can give the rest: greenroom exec script.py"
+        f"{name} needs more than a prompt: {', '.join(missing)}. The command line has only a "
+        "prompt to give; a script can give the rest: greenroom exec script.py"
     )
 
 

@@ -75,6 +75,7 @@ class WithinBudget:
     def __init__(self, engine: Engine, budget: int) -> None:
         self.engine = engine
         self.budget = budget
+        self.cut_to = budget  # parts are cut for so many bytes; a recording has room for more
         # Digests, and what differs from call to call, take a little that is in no plan.
         self._usable = budget - budget // 128
         self.director: Director | None = None
@@ -94,6 +95,11 @@ class WithinBudget:
         self._flying: deque[tuple[Any, int]] = deque()  # copies: over at this event, bytes
         self._records: list[_Record] | None = None  # while a call is learned
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
+
+    @property
+    def expected(self) -> tuple[Step, ...]:
+        """The steps that the last call was begun with, if no call like it had been seen."""
+        return tuple(self._prior)
 
     def lock_memory(self) -> None:
         """Page-lock the weights of every part, so that no call has to."""

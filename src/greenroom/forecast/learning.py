@@ -1,0 +1,99 @@
+"""How a first call is expected to go: its plan is made of guesses, and made anew as it is measured.
+
+What `WithinBudget` does in a call that it has not seen the like of, against a clock: the sequence
+is all that is known, until the first stay in each component was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..core.director import Director
+from ..core.plan import make_plan
+from ..core.trace import Step, visits
+from .recording import Card, Cut
+
+
+@dataclass(frozen=True)
+class FirstCall:
+    """Seconds, bytes that go to the device, and the most that is in use at once."""
+
+    seconds: float
+    h2d_nbytes: int
+    peak_nbytes: int
+
+
+def first_call(cut: Cut, budget: int, card: Card) -> FirstCall:
+    """The first call within so many usable bytes."""
+    costs, clock = card.costs, _Clock(card, cut.sizes)
+    director = Director(make_plan(cut.expected or cut.steps, cut.sizes, budget, costs))
+    director.begin_call()
+    position = 0
+    for stay, is_first in _stays(cut.steps):
+        for step in stay:
+            clock.step(director, step)
+        position += len(stay)
+        if is_first and position < len(cut.steps):
+            rest = _expected_after(stay, cut.expected)
+            plan = make_plan([*cut.steps[:position], *rest], cut.sizes, budget, costs)
+            director.follow(plan, at=position - 1)
+            clock.wait_for_device()  # to read its times
+    return FirstCall(clock.done, clock.moved, clock.peak)
+
+
+def _stays(steps: Sequence[Step]) -> Iterator[tuple[Sequence[Step], bool]]:
+    """Each stay in a component, and whether it is the first one there, and ends with a forward."""
+    seen: set[str] = set()
+    for span in visits(steps):
+        part = steps[span.start].part
+        yield steps[span.start : span.stop], part not in seen and steps[span.start].opens
+        seen.add(part)
+
+
+def _expected_after(stay: Sequence[Step], expected: Sequence[Step]) -> list[Step]:
+    """What is expected after the first stay in a component, with what was measured in it."""
+    spans = list(visits(expected))
+    mine = [i for i, span in enumerate(spans) if expected[span.start].part == stay[0].part]
+    rest: list[Step] = []
+    for i in range(mine[0] + 1 if mine else len(spans), len(spans)):
+        rest += stay if i in mine else [expected[j] for j in spans[i]]
+    return rest
+
+
+class _Clock:
+    """Device, link and host in a call; see `core.simulate`, which knows the whole plan."""
+
+    def __init__(self, card: Card, sizes: Mapping[str, int]) -> None:
+        self._card, self._costs, self._sizes = card, card.costs, sizes
+        self.done = self._host = self._link = 0.0
+        self.moved = self.peak = 0
+        self._ready: dict[str, float] = {}
+        self._used: dict[str, float] = {}
+
+    def wait_for_device(self) -> None:
+        """The host goes on when the device has done all that it was given."""
+        self._host = self.done + self._costs.pause_s
+
+    def step(self, director: Director, step: Step) -> None:
+        """A step begins, and is over."""
+        orders = director.begin(replace(step, seconds=None, beside_nbytes=None))
+        over = [self._used.get(name, 0.0) for name in orders.offload]
+        if orders.has_more_room:
+            over.append(self.done)
+        self._host = max([self._host, *over])
+        looked_at = [self._sizes[name] for name in orders.release]
+        for name in orders.onload:
+            if name not in self._ready:
+                looked_at.append(self._sizes[name])
+            self._link = max(self._link, self._host) + self._costs.copy_s
+            self._link += self._sizes[name] / self._costs.h2d_bytes_per_s
+            self._ready[name] = self._link
+            self.moved += self._sizes[name]
+        self.peak = max(self.peak, director.resident_nbytes + (step.beside_nbytes or 0))
+        pause = self._costs.pause_s if over else 0.0
+        arrived = max((self._ready.get(name, 0.0) for name in step.needs), default=0.0)
+        begin = max(self.done, max(over, default=0.0) + pause, self._host, arrived)
+        checks = sum(map(self._card.check_s, looked_at))
+        self.done = begin + (step.seconds or 0.0) + checks
+        self._used.update(dict.fromkeys(step.needs, self.done))
