@@ -19,9 +19,9 @@ import torch
 
 torch.set_num_threads(1)
 
-# A shared machine can be slow for a moment; how long an example took says nothing about it. The same
-# examples each time, so that a change is judged by what it changes; HYPOTHESIS_PROFILE=search looks
-# for others.
+# A shared machine can be slow for a moment; how long an example took says nothing about it. The
+# same examples each time, so that a change is judged by what it changes; HYPOTHESIS_PROFILE=search
+# looks for others.
 hypothesis.settings.register_profile("greenroom", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("search", deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "greenroom"))

@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm.auto import tqdm
 
 from .core.director import Director, Orders
@@ -158,9 +159,13 @@ class WithinBudget:
             return
         self._send_replaced_home()  # the decoder, cast for its work, say
         orders = director.end_call()
-        self._carry_out(orders, ())
-        self._send_unsent()
-        self._show(orders.onload)
+        try:
+            self._carry_out(orders, ())
+            self._send_unsent()
+            self._show(orders.onload)
+        except torch.OutOfMemoryError:  # the call itself is over, and its result is there
+            logger.warning("no room for what the next call begins with: everything goes home")
+            self.send_all_home()
         self._expect_changes()
 
     def _expect_changes(self) -> None:
@@ -174,14 +179,23 @@ class WithinBudget:
         """Everything goes home, whoever may need it."""
         self._inside, self._now, self._records = [], None, None
         self._unsent.clear()
-        if self.director is not None:
-            names = sorted(self.director.resident)
-            self.director.gone(names)
-            known = {part.key: part for part in self._parts}
-            for name in names:
-                if name in known:
-                    known[name].go_home()
+        failed: Exception | None = None
+        for part in sorted(self._parts, key=lambda part: part.key):
+            if part.store.is_away:
+                try:
+                    part.go_home()
+                except Exception as error:  # it stays, and is accounted for
+                    failed = error
+        self._recount()
         self._expect_changes()
+        if failed is not None:
+            raise failed
+
+    def _recount(self) -> None:
+        """Something went wrong: what is on the device is what is on the device."""
+        self._unsent.clear()
+        if self.director is not None:
+            self.director.recount(part.key for part in self._parts if part.store.is_away)
 
     def forget(self, key: str) -> None:
         """A part is no more."""
@@ -196,8 +210,8 @@ class WithinBudget:
         if part.key in self._inside:
             self._inside.remove(part.key)
         if self.director is not None and part.key in self.director.resident:
-            self.director.gone([part.key])
             self._go_home(part.key)
+            self.director.gone([part.key])
 
     # ---- a step
 
@@ -272,19 +286,23 @@ class WithinBudget:
     # ---- carrying orders out
 
     def _carry_out(self, orders: Orders, needs: tuple[str, ...]) -> None:
-        for name in orders.offload:
-            self._go_home(name)
-        if not self._is_watched:  # else somebody may still change them
-            for name in orders.release:
-                self.engine.part(name).check()
-        if orders.has_more_room:
-            self.engine.backend.transfer.settle()
-        self._unsent.extend(orders.onload)
-        for name in needs:
-            if name in self._unsent:
-                self._send(name)
-            self.engine.part(name).arrive()
-        self._send_ahead()
+        try:
+            for name in orders.offload:
+                self._go_home(name)
+            if not self._is_watched:  # else somebody may still change them
+                for name in orders.release:
+                    self.engine.part(name).check()
+            if orders.has_more_room:
+                self.engine.backend.transfer.settle()
+            self._unsent.extend(orders.onload)
+            for name in needs:
+                if name in self._unsent:
+                    self._send(name)
+                self.engine.part(name).arrive()
+            self._send_ahead()
+        except BaseException:
+            self._recount()
+            raise
 
     def _go_home(self, name: str) -> None:
         if name in self._unsent:
@@ -295,13 +313,7 @@ class WithinBudget:
         """Start a part's way to the device, before others if it stands behind them."""
         part = self.engine.part(name)
         self._unsent.remove(name)
-        try:
-            part.send(None if self._is_watched else self._call)
-        except BaseException:  # the device refused
-            if self.director is not None:
-                self.director.gone([name, *self._unsent])
-            self._unsent.clear()
-            raise
+        part.send(None if self._is_watched else self._call)
         self._flying.append((self.engine.backend.record_copies(), part.store.nbytes))
 
     def _send_unsent(self) -> None:
