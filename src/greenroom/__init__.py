@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import observe
     from .drop_in import install, uninstall
-    from .errors import GreenroomError, NoAcceleratorError, UsageError, WeightsError
+    from .errors import (
+        DeviceOutOfMemory,
+        GreenroomError,
+        NoAcceleratorError,
+        UsageError,
+        WeightsError,
+    )
     from .observe import Report, report
     from .pipeline import (
         OffloadMixin,
@@ -21,6 +27,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "DeviceOutOfMemory",
     "GreenroomError",
     "NoAcceleratorError",
     "OffloadMixin",
@@ -40,6 +47,7 @@ __all__ = [
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "DeviceOutOfMemory": "errors",
     "GreenroomError": "errors",
     "NoAcceleratorError": "errors",
     "Report": "observe",

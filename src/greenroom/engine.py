@@ -23,6 +23,7 @@ from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed,
 from .core.pinning import PinningAllowance
 from .core.trace import Step
 from .device.backend import Backend
+from .errors import DeviceOutOfMemory
 from .observe.log import Log
 from .within_budget import WithinBudget
 
@@ -35,6 +36,11 @@ logger = logging.getLogger("greenroom")
 # Segments that are page-locked after a forward: host work of about 0.1 s, which must not outlast
 # what the device has queued.
 _SETTLE_AT_ONCE = 3
+
+
+def _is_torch_refusal(error: BaseException) -> bool:
+    is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    return is_out_of_memory and not isinstance(error, DeviceOutOfMemory)
 
 
 class Engine:
@@ -209,7 +215,10 @@ class Engine:
                 raised = error
                 if is_outermost:
                     self.log.because("the call raised")
-                    within.send_all_home()
+                    within.fail_call(error)
+                    if _is_torch_refusal(error):
+                        raised = within.refusal(pipeline, error)
+                        raise raised from error
                 raise
             finally:
                 self._calls -= 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import OutOfMemoryError
+
 
 class GreenroomError(Exception):
     """Everything that greenroom raises by itself."""
@@ -13,6 +15,13 @@ class UsageError(GreenroomError, ValueError):
 
 class NoAcceleratorError(GreenroomError, RuntimeError):
     """There is no device to run on."""
+
+
+class DeviceOutOfMemory(GreenroomError, OutOfMemoryError):
+    """The device has no room for a forward, whatever else was sent home.
+
+    A `torch.OutOfMemoryError`: whoever catches that catches this.
+    """
 
 
 class WeightsError(GreenroomError, RuntimeError):

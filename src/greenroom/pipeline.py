@@ -23,6 +23,7 @@ from .device.backend import find_device
 from .device.walk import walk, why_valueless
 from .engine import Engine
 from .errors import NoAcceleratorError, UsageError, WeightsError
+from .second_try import original_of
 
 if TYPE_CHECKING:
     from .hooks import OffloadHook  # needs accelerate, which may be missing or too old
@@ -296,7 +297,8 @@ def detach(module: nn.Module) -> None:
         return
     ours = getattr(module.__dict__.get("forward"), "func", None)
     if ours is not None and ours.__module__ == "accelerate.hooks":
-        had_own = getattr(module._old_forward, "__func__", None) is not type(module).forward
+        original = original_of(module._old_forward)
+        had_own = getattr(original, "__func__", None) is not type(module).forward
         remove_hook_from_module(module)
         if not had_own:
             # accelerate leaves the bound method on the instance

@@ -22,6 +22,8 @@ from .core.director import Director, Orders
 from .core.plan import Plan, make_plan
 from .core.simulate import Costs
 from .core.trace import Step, visits
+from .errors import DeviceOutOfMemory
+from .second_try import refusal_of
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -80,6 +82,12 @@ class WithinBudget:
         self._flying: deque[tuple[Any, int]] = deque()  # copies: over at this event, bytes
         self._records: list[_Record] | None = None  # while a call is learned
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
+        #: Bytes that were copied home because they had changed, or nobody could tell.
+        self.came_home_nbytes = 0
+        # By kind of call: what was allocated when the device refused a call that was planned.
+        self._limits: dict[Hashable, int] = {}
+        self._refused_at = 0  # bytes that were allocated when the device refused last
+        self._unsqueezed: Plan | None = None  # what is followed but for a refusal
 
     def lock_memory(self) -> None:
         """Page-lock the weights of every part, so that no call has to."""
@@ -107,6 +115,7 @@ class WithinBudget:
         self._is_watched = is_watched
         self._call = object()
         self._inside, self._now, self._key = [], None, key
+        self._unsqueezed = None
         self._prior = list(prior)
         self._take_in_what_others_did()
         known = self._plans.get(key)
@@ -115,7 +124,7 @@ class WithinBudget:
         plan = known.plan if known is not None and known.before == self._before else None
         self._records = [] if plan is None else None
         if plan is None:
-            plan = make_plan(self._prior, self._sizes(), self._usable, self._costs())
+            plan = make_plan(self._prior, self._sizes(), self._usable_now, self._costs())
         if self.director is None:
             self.director = Director(plan, self._sizes)
         elif self.director.plan is not plan:
@@ -149,13 +158,14 @@ class WithinBudget:
             steps = self._measured()
             self._records = None
             self.engine.backend.restore_peak()
-            plan = make_plan(steps, self._sizes(), self._usable, self._costs())
+            plan = make_plan(steps, self._sizes(), self._usable_now, self._costs())
             self._plans[self._key] = _Known(plan, self._before)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
         elif director.deviations:
             logger.info("%d steps were not as planned: learning anew", director.deviations)
-            del self._plans[self._key]
+            self._plans.pop(self._key, None)
+            self._expect_changes()
             return
         self._send_replaced_home()  # the decoder, cast for its work, say
         orders = director.end_call()
@@ -183,7 +193,7 @@ class WithinBudget:
         for part in sorted(self._parts, key=lambda part: part.key):
             if part.store.is_away:
                 try:
-                    part.go_home()
+                    self.came_home_nbytes += part.go_home()
                 except Exception as error:  # it stays, and is accounted for
                     failed = error
         self._recount()
@@ -249,7 +259,14 @@ class WithinBudget:
             every=self._records is not None,
             beside_nbytes=self._expected_beside(),
         )
-        self._carry_out(orders, step.needs)
+        try:
+            self._carry_out(orders, step.needs)
+        except torch.OutOfMemoryError:
+            is_refused = True
+        else:
+            is_refused = False
+        if is_refused:
+            self._send_alone(part, step.needs)
         self.engine.log.runs()
         self._now = step
         if self._records is not None:
@@ -307,7 +324,7 @@ class WithinBudget:
     def _go_home(self, name: str) -> None:
         if name in self._unsent:
             self._unsent.remove(name)
-        self.engine.part(name).go_home()
+        self.came_home_nbytes += self.engine.part(name).go_home()
 
     def _send(self, name: str) -> None:
         """Start a part's way to the device, before others if it stands behind them."""
@@ -352,6 +369,100 @@ class WithinBudget:
             self._running.popleft()
         return sum(seconds for _, seconds in self._running)
 
+    # ---- when the device refuses
+
+    def fail_call(self, error: BaseException) -> None:
+        """The call has raised: everything goes home."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self._was_refused()
+        try:
+            self.send_all_home()
+        except Exception:  # what the call has raised matters more
+            logger.exception("not everything could go home; the next call begins with what stayed")
+
+    def make_room(self, part: Part) -> None:
+        """Everything goes home but what the forwards around this part's need.
+
+        For the rest of the call no more than what is needed stays, until `went_well`.
+        """
+        director = self.director
+        assert director is not None
+        self._was_refused()
+        around = self._inside[: self._inside.index(part.key)] if part.key in self._inside else ()
+        self._send_home_but(around)
+        if self._records is not None:  # what was recorded of the first try
+            opened = [i for i, r in enumerate(self._records) if r.step.part == part.key]
+            opened = [i for i in opened if self._records[i].step.opens or part.has_entrances]
+            del self._records[opened[-1] if opened else len(self._records) :]
+        if self._unsqueezed is None:
+            self._unsqueezed = director.plan
+        director.follow(director.plan.squeezed(0), at=director.position)
+
+    def _was_refused(self) -> None:
+        """The device has refused: remember at how many bytes, if that was not foreseen."""
+        backend, director = self.engine.backend, self.director
+        self._refused_at = backend.allocated_bytes()
+        if director is not None and self._records is None and self._expected_beside() is not None:
+            limit = min(self._refused_at, self._usable_now)
+            logger.info("no room at %d bytes: calls like this one keep below it", limit)
+            self._limits[self._key] = limit
+            self._plans.pop(self._key, None)
+        self.engine.log.because("the device has no room")
+        backend.restart_peak()
+
+    def _send_home_but(self, stays: Sequence[str]) -> None:
+        self._now = None
+        try:
+            for part in sorted(self._parts, key=lambda part: part.key):
+                if part.store.is_away and part.key not in stays:
+                    self._go_home(part.key)
+        finally:
+            self._recount()
+
+    def _send_alone(self, part: Part, needs: tuple[str, ...]) -> None:
+        """The device has refused to take what a step needs: it gets all there is."""
+        assert self.director is not None
+        self._was_refused()
+        self._send_home_but(needs)
+        try:
+            for name in needs:
+                needed = self.engine.part(name)
+                if not needed.store.is_away:
+                    needed.send(None if self._is_watched else self._call)
+                needed.arrive()
+        except torch.OutOfMemoryError as error:
+            raise self.refusal(part.key, error, is_alone=True) from error
+        finally:
+            self._recount()
+
+    def went_well(self, part: Part) -> None:
+        """There was room for the second try; keep as much more there as leaves it."""
+        director = self.director
+        assert director is not None
+        if self._records:
+            self._finish_record()
+            opened = [i for i, r in enumerate(self._records) if r.step.part == part.key]
+            beside = max(record.beside_nbytes for record in self._records[opened[-1] :])
+        else:
+            beside = max(0, self.engine.backend.restart_peak() - director.resident_nbytes)
+        logger.info("%s takes %d bytes besides weights", part.key, beside)
+        if self._unsqueezed is not None:
+            room = max(0, min(self._usable_now, self._refused_at) - beside)
+            director.follow(self._unsqueezed.squeezed(room), at=director.position)
+            self._unsqueezed = None
+
+    def refusal(
+        self, name: str, error: BaseException, *, is_alone: bool = False
+    ) -> DeviceOutOfMemory:
+        """The error that says so."""
+        free = self.engine.backend.free_bytes()
+        return refusal_of(self, name, error, free_nbytes=free, is_alone=is_alone)
+
+    @property
+    def _usable_now(self) -> int:
+        """Bytes for the call that goes on."""
+        return min(self._usable, self._limits.get(self._key, self._usable))
+
     # ---- learning
 
     def _finish_record(self) -> None:
@@ -360,7 +471,8 @@ class WithinBudget:
             record = self._records[-1]
             record.ended = self.engine.backend.record_time()
             peak = self.engine.backend.restart_peak()
-            record.beside_nbytes = max(0, peak - self.director.resident_nbytes)
+            unsent = sum(self.engine.part(name).store.nbytes for name in self._unsent)
+            record.beside_nbytes = max(0, peak - (self.director.resident_nbytes - unsent))
             self.engine.log.took(record.beside_nbytes)
 
     def _expected_beside(self) -> int | None:
@@ -389,7 +501,7 @@ class WithinBudget:
         rest: list[Step] = []
         for i in range(mine[0] + 1 if mine else len(spans), len(spans)):
             rest += stay if i in mine else [self._prior[j] for j in spans[i]]
-        plan = make_plan([*done, *rest], self._sizes(), self._usable, self._costs())
+        plan = make_plan([*done, *rest], self._sizes(), self._usable_now, self._costs())
         self.director.follow(plan, at=len(done) - 1)
 
     def _sizes(self) -> dict[str, int]:
