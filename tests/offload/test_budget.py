@@ -220,9 +220,8 @@ def test_a_component_that_found_no_room_is_sent_again() -> None:
         expected = pipe.text_encoder(ids)[0]
         greenroom.enable_model_cpu_offload(pipe, budget="8MiB")
         sim.fail("device_alloc")
-        with pytest.raises(torch.OutOfMemoryError):
-            pipe.text_encoder(ids)
-        assert torch.equal(pipe.text_encoder(ids)[0].cpu(), expected)
+        for _ in range(2):
+            assert torch.equal(pipe.text_encoder(ids)[0].cpu(), expected)
 
 
 def test_weights_that_are_cast_between_calls_are_planned_anew() -> None:
