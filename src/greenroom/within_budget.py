@@ -12,7 +12,7 @@ import logging
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,7 @@ from .core.plan import Plan, make_plan
 from .core.simulate import Costs
 from .core.trace import Step, visits
 from .errors import DeviceOutOfMemory
+from .recording import Recording
 from .second_try import refusal_of
 
 if TYPE_CHECKING:
@@ -34,18 +35,6 @@ logger = logging.getLogger("greenroom")
 _USUAL_COSTS = Costs(20e9)  # PCIe 4.0 x16, until the link was measured
 _USUAL_STEP_S = 0.01  # until the step was measured
 _ALWAYS_FLYING = 128 * 2**20  # bytes: 5 ms on PCIe 4.0, which a host may be away
-
-
-@dataclass
-class _Record:
-    step: Step
-    began: Any
-    ended: Any = None
-    beside_nbytes: int = 0
-
-    def measured(self) -> Step:
-        seconds = self.began.elapsed_time(self.ended) / 1e3
-        return replace(self.step, seconds=seconds, beside_nbytes=self.beside_nbytes)
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ class WithinBudget:
         self._unsent: deque[str] = deque()  # ordered, and to be sent as the link gets there
         self._running: deque[tuple[Any, float]] = deque()  # steps: begun at this event, seconds
         self._flying: deque[tuple[Any, int]] = deque()  # copies: over at this event, bytes
-        self._records: list[_Record] | None = None  # while a call is learned
+        self._recording: Recording | None = None  # while a call is learned
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
         #: Bytes that were copied home because they had changed, or nobody could tell.
         self.came_home_nbytes = 0
@@ -122,7 +111,7 @@ class WithinBudget:
         self._before = self._sizes()
         # Else weights were cast, or came and went, since the plan was made.
         plan = known.plan if known is not None and known.before == self._before else None
-        self._records = [] if plan is None else None
+        self._recording = Recording(self.engine.backend) if plan is None else None
         if plan is None:
             plan = make_plan(self._prior, self._sizes(), self._usable_now, self._costs())
         if self.director is None:
@@ -153,10 +142,10 @@ class WithinBudget:
         if director is None:
             return
         self._inside, self._now = [], None
-        if self._records is not None:
-            self._finish_record()
-            steps = self._measured()
-            self._records = None
+        if self._recording is not None:
+            self._finish_record(self._recording)
+            steps = self._recording.steps()
+            self._recording = None
             self.engine.backend.restore_peak()
             plan = make_plan(steps, self._sizes(), self._usable_now, self._costs())
             self._plans[self._key] = _Known(plan, self._before)
@@ -187,7 +176,7 @@ class WithinBudget:
 
     def send_all_home(self) -> None:
         """Everything goes home, whoever may need it."""
-        self._inside, self._now, self._records = [], None, None
+        self._inside, self._now, self._recording = [], None, None
         self._unsent.clear()
         failed: Exception | None = None
         for part in sorted(self._parts, key=lambda part: part.key):
@@ -241,11 +230,11 @@ class WithinBudget:
         if part.has_entrances and now is not None and now.part == part.key:
             return  # through another of its doors, one after the other
         step = Step(part.key, self._held(beside), opens=enters)
-        if self._records is not None:
-            self._finish_record()
+        if self._recording is not None:
+            self._finish_record(self._recording)
         if self.director is None:  # no pipeline's call, which would have an end: nothing is learned
             self.begin_call(None, [])
-            self._records = self._call = None
+            self._recording = self._call = None
             if enters:
                 self._inside.append(part.key)
         assert self.director is not None
@@ -256,7 +245,7 @@ class WithinBudget:
             step.needs,
             opens=enters,
             moves=bool(orders.offload or orders.onload),
-            every=self._records is not None,
+            every=self._recording is not None,
             beside_nbytes=self._expected_beside(),
         )
         try:
@@ -269,9 +258,8 @@ class WithinBudget:
             self._send_alone(part, step.needs)
         self.engine.log.runs()
         self._now = step
-        if self._records is not None:
-            self.engine.backend.restart_peak()
-            self._records.append(_Record(step, self.engine.backend.record_time()))
+        if self._recording is not None:
+            self._recording.begin(step)
 
     def left(self, part: Part) -> None:
         """A component's forward has returned: its weights are for others to see."""
@@ -283,8 +271,8 @@ class WithinBudget:
         if self._is_watched and self.director is not None:
             self._send_unsent()
             self._show(self.director.resident)
-        if self._records is not None and not self._inside:
-            self._replan(part)
+        if self._recording is not None and not self._inside:
+            self._replan(part, self._recording)
 
     def _show(self, names: Iterable[str]) -> None:
         """Let modules use what is on its way.
@@ -390,10 +378,8 @@ class WithinBudget:
         self._was_refused()
         around = self._inside[: self._inside.index(part.key)] if part.key in self._inside else ()
         self._send_home_but(around)
-        if self._records is not None:  # what was recorded of the first try
-            opened = [i for i, r in enumerate(self._records) if r.step.part == part.key]
-            opened = [i for i in opened if self._records[i].step.opens or part.has_entrances]
-            del self._records[opened[-1] if opened else len(self._records) :]
+        if self._recording is not None:
+            self._recording.forget_stay(part.key)
         if self._unsqueezed is None:
             self._unsqueezed = director.plan
         director.follow(director.plan.squeezed(0), at=director.position)
@@ -402,7 +388,7 @@ class WithinBudget:
         """The device has refused: remember at how many bytes, if that was not foreseen."""
         backend, director = self.engine.backend, self.director
         self._refused_at = backend.allocated_bytes()
-        if director is not None and self._records is None and self._expected_beside() is not None:
+        if director is not None and self._recording is None and self._expected_beside() is not None:
             limit = min(self._refused_at, self._usable_now)
             logger.info("no room at %d bytes: calls like this one keep below it", limit)
             self._limits[self._key] = limit
@@ -439,10 +425,9 @@ class WithinBudget:
         """There was room for the second try; keep as much more there as leaves it."""
         director = self.director
         assert director is not None
-        if self._records:
-            self._finish_record()
-            opened = [i for i, r in enumerate(self._records) if r.step.part == part.key]
-            beside = max(record.beside_nbytes for record in self._records[opened[-1] :])
+        if self._recording is not None:
+            self._finish_record(self._recording)
+            beside = self._recording.beside_of_stay(part.key)
         else:
             beside = max(0, self.engine.backend.restart_peak() - director.resident_nbytes)
         logger.info("%s takes %d bytes besides weights", part.key, beside)
@@ -465,15 +450,12 @@ class WithinBudget:
 
     # ---- learning
 
-    def _finish_record(self) -> None:
-        if self._records and self._records[-1].ended is None:
-            assert self.director is not None
-            record = self._records[-1]
-            record.ended = self.engine.backend.record_time()
-            peak = self.engine.backend.restart_peak()
-            unsent = sum(self.engine.part(name).store.nbytes for name in self._unsent)
-            record.beside_nbytes = max(0, peak - (self.director.resident_nbytes - unsent))
-            self.engine.log.took(record.beside_nbytes)
+    def _finish_record(self, recording: Recording) -> None:
+        assert self.director is not None
+        unsent = sum(self.engine.part(name).store.nbytes for name in self._unsent)
+        beside = recording.end(self.director.resident_nbytes - unsent)
+        if beside is not None:
+            self.engine.log.took(beside)
 
     def _expected_beside(self) -> int | None:
         """What the step that runs took besides weights when it was measured."""
@@ -481,20 +463,14 @@ class WithinBudget:
             return None
         return self.director.plan.steps[self.director.position].beside_nbytes
 
-    def _measured(self) -> list[Step]:
-        self.engine.backend.synchronize()
-        return [record.measured() for record in self._records or ()]
-
-    def _replan(self, part: Part) -> None:
+    def _replan(self, part: Part, recording: Recording) -> None:
         """After the first stay in a component: expect what was expected, and what was measured."""
-        assert self._records is not None and self.director is not None
-        opened = [
-            i for i, r in enumerate(self._records) if r.step.part == part.key and r.step.opens
-        ]
+        assert self.director is not None
+        opened = recording.opened(part.key)
         if len(opened) != 1:
             return
-        self._finish_record()
-        done = self._measured()
+        self._finish_record(recording)
+        done = recording.steps()
         stay = done[opened[0] :]
         spans = list(visits(self._prior))
         mine = [i for i, span in enumerate(spans) if self._prior[span.start].part == part.key]
