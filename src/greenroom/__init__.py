@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from . import observe
     from .drop_in import install, uninstall
     from .errors import (
+        BudgetTooSmall,
         DeviceOutOfMemory,
         GreenroomError,
         NoAcceleratorError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BudgetTooSmall",
     "DeviceOutOfMemory",
     "GreenroomError",
     "NoAcceleratorError",
@@ -47,6 +49,7 @@ __all__ = [
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "BudgetTooSmall": "errors",
     "DeviceOutOfMemory": "errors",
     "GreenroomError": "errors",
     "NoAcceleratorError": "errors",

@@ -13,6 +13,13 @@ class UsageError(GreenroomError, ValueError):
     """The caller asked for something that cannot be: nothing has been touched."""
 
 
+class BudgetTooSmall(UsageError):
+    """Something that has to be on the device at once is larger than the budget.
+
+    The message names the smallest that would do.
+    """
+
+
 class NoAcceleratorError(GreenroomError, RuntimeError):
     """There is no device to run on."""
 

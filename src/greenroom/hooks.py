@@ -230,7 +230,7 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
         def part(modules: Sequence[nn.Module], name: str, **options: Any) -> Part:
             return Part(engine, modules, name, in_sequence=in_sequence, within=within, **options)
 
-        halves = _halves(module)
+        halves = halves_of(module)
         self.is_halved = halves is not None
         if halves is not None:
             self.parts = [
@@ -320,7 +320,7 @@ def _has_strays(inputs: Any, device: torch.device) -> bool:
     return False
 
 
-def _halves(module: nn.Module) -> dict[str, list[nn.Module]] | None:
+def halves_of(module: nn.Module) -> dict[str, list[nn.Module]] | None:
     """An autoencoder's two sides, if nothing ties them; else None."""
     children = dict(module.named_children())
     is_autoencoder = all(

@@ -18,11 +18,11 @@ from .adapters import quantised
 from .adapters.transformers import is_encoder
 from .components import Order, components_of, order_of, unique
 from .core.trace import Step
-from .core.units import parse_bytes
 from .device.backend import find_device
 from .device.walk import walk, why_valueless
 from .engine import Engine
 from .errors import NoAcceleratorError, UsageError, WeightsError
+from .grant import read_budget, refuse_too_small
 from .second_try import original_of
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ def enable_model_cpu_offload(
     if not _is_present(target):
         warnings.warn(f"{_absence(target)}. Calls of this pipeline will fail.", stacklevel=2)
     granted = before.budget if before is not None and budget is None else _granted(budget, target)
+    if granted is not None:
+        stays = set(getattr(pipe, "_exclude_from_cpu_offload", ())) - set(order.names)
+        _refuse_too_small(modules, stays, granted)
     if before is not None and (before.engine.device, before.budget) == (target, granted):
         with before.engine.lock:  # another thread's call ends first
             before.order = order
@@ -416,18 +419,22 @@ def _granted(budget: int | str | None, device: torch.device) -> int | None:
     """The budget in bytes."""
     if budget is None:
         return None
-    try:
-        if isinstance(budget, str) and budget.strip().endswith("%"):
-            share = float(budget.strip()[:-1]) / 100
-            if not 0 < share <= 1:
-                raise ValueError("a share is above 0 and at most 100 %")
-            return int(share * Engine.of(device).backend.memory_bytes())
-        granted = parse_bytes(budget)
-    except ValueError as error:
-        raise UsageError(f"budget={budget!r}: {error}") from error
-    if granted == 0:
-        raise UsageError("budget=0 leaves no memory to work in; grant some, or leave it out")
-    return granted
+    memory = Engine.of(device).backend.memory_bytes() if _is_present(device) else 0
+    return read_budget(budget, memory)
+
+
+def _refuse_too_small(modules: Mapping[str, nn.Module], stays: set[str], budget: int) -> None:
+    """Refuse a budget that cannot hold what has to be there together, before anything moves."""
+    from .hooks import halves_of
+
+    refuse_too_small(
+        {
+            name: list((halves_of(module) or {"": [module]}).values())
+            for name, module in modules.items()
+            if name not in stays and quantised.why_immovable(module) is None
+        },
+        budget,
+    )
 
 
 def _require_accelerate() -> None:

@@ -9,6 +9,7 @@ after the call, the next one like it is planned whole.
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -22,7 +23,9 @@ from .core.director import Director, Orders
 from .core.plan import Plan, make_plan
 from .core.simulate import Costs
 from .core.trace import Step, visits
+from .core.units import format_bytes
 from .errors import DeviceOutOfMemory
+from .grant import SPARE_PARTS, largest_step, refuse_if_exceeded, smallest_for
 from .recording import Recording
 from .second_try import refusal_of
 
@@ -55,7 +58,7 @@ class WithinBudget:
         self.engine = engine
         self.budget = budget
         # Digests, and what differs from call to call, take a little that is in no plan.
-        self._usable = budget - budget // 128
+        self._usable = budget - budget // SPARE_PARTS
         self.director: Director | None = None
         self._plans: dict[Hashable, _Known] = {}
         self._before: Mapping[str, int] = {}
@@ -111,6 +114,8 @@ class WithinBudget:
         self._before = self._sizes()
         # Else weights were cast, or came and went, since the plan was made.
         plan = known.plan if known is not None and known.before == self._before else None
+        if plan is not None:
+            refuse_if_exceeded(plan.steps, plan.sizes, self.budget)
         self._recording = Recording(self.engine.backend) if plan is None else None
         if plan is None:
             plan = make_plan(self._prior, self._sizes(), self._usable_now, self._costs())
@@ -149,6 +154,7 @@ class WithinBudget:
             self.engine.backend.restore_peak()
             plan = make_plan(steps, self._sizes(), self._usable_now, self._costs())
             self._plans[self._key] = _Known(plan, self._before)
+            self._warn_if_exceeded(steps)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
         elif director.deviations:
@@ -166,6 +172,16 @@ class WithinBudget:
             logger.warning("no room for what the next call begins with: everything goes home")
             self.send_all_home()
         self._expect_changes()
+
+    def _warn_if_exceeded(self, steps: Sequence[Step]) -> None:
+        most, step = largest_step(steps, self._sizes())
+        if step is not None and most > self.budget:
+            warnings.warn(
+                f"{step.part!r} took {format_bytes(most)}, more than the budget of "
+                f"{format_bytes(self.budget)}; that could not be known before. Calls like this one "
+                f"will be refused: raise the budget to at least {smallest_for(most)}",
+                stacklevel=2,
+            )
 
     def _expect_changes(self) -> None:
         """Whoever runs now may change weights, wherever they are."""
