@@ -24,6 +24,7 @@ from .core.pinning import PinningAllowance
 from .core.trace import Step
 from .device.backend import Backend
 from .errors import DeviceOutOfMemory
+from .grant import Budget
 from .observe.log import Log
 from .within_budget import WithinBudget
 
@@ -55,7 +56,7 @@ class Engine:
         self.log = Log(self.backend)
         self.lock = threading.RLock()
         self._parts: weakref.WeakValueDictionary[str, Part] = weakref.WeakValueDictionary()
-        self._budgets: weakref.WeakValueDictionary[int, WithinBudget] = (
+        self._budgets: weakref.WeakValueDictionary[Budget, WithinBudget] = (
             weakref.WeakValueDictionary()
         )
         self._serial = itertools.count()
@@ -69,7 +70,7 @@ class Engine:
         """The engine of a device (with its index)."""
         return cls._engines.setdefault(device, cls(device))
 
-    def within(self, budget: int) -> WithinBudget:
+    def within(self, budget: Budget) -> WithinBudget:
         """What runs pipelines within so many bytes; one for all that were granted as many."""
         found = self._budgets.get(budget)
         if found is None:
@@ -204,6 +205,7 @@ class Engine:
             raised: BaseException | None = None
             try:
                 if is_outermost:
+                    within.grant_anew()
                     self.log.begin(pipeline, owner, within.budget)
                     self._give_way(within)
                     within.begin_call(kind, order, is_watched=is_watched)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from torch import nn
 
@@ -11,16 +12,30 @@ from .core.units import format_bytes, parse_bytes
 from .device.blocks import nbytes_of, runs_of
 from .errors import BudgetTooSmall, UsageError
 
+if TYPE_CHECKING:
+    from .device.backend import Backend
+
 #: Of a budget, what is left for digests and for what differs from call to call.
 SPARE_PARTS = 128
 
 
-def read_budget(budget: int | str, memory_nbytes: int) -> int:
-    """A budget in bytes; shares are of `memory_nbytes`.
+AUTO: Literal["auto"] = "auto"
+#: A budget in bytes, or whatever is free when a call begins.
+Budget: TypeAlias = int | Literal["auto"]
+
+_LEAST_MARGIN = 256 * 2**20  # bytes: what libraries take besides tensors, and what lies in pieces
+_MARGIN = 0.03  # of the device
+_MOST_MARGIN = 0.125
+
+
+def read_budget(budget: int | str, memory_nbytes: int) -> Budget:
+    """A budget in bytes, or `AUTO`; shares are of `memory_nbytes`.
 
     Raises:
         UsageError: it is none.
     """
+    if isinstance(budget, str) and budget.strip().lower() == AUTO:
+        return AUTO
     try:
         if isinstance(budget, str) and budget.strip().endswith("%"):
             share = float(budget.strip()[:-1]) / 100
@@ -33,6 +48,13 @@ def read_budget(budget: int | str, memory_nbytes: int) -> int:
     if granted == 0:
         raise UsageError("budget=0 leaves no memory to work in; grant some, or leave it out")
     return granted
+
+
+def free_now(backend: Backend, ours_nbytes: int) -> int:
+    """What is free, what torch's allocator keeps unused, and what is ours, but for a margin."""
+    memory = backend.memory_bytes()
+    margin = min(max(_LEAST_MARGIN, _MARGIN * memory), _MOST_MARGIN * memory)
+    return max(1, backend.free_bytes() + ours_nbytes - int(margin))
 
 
 def refuse_too_small(halves: Mapping[str, Iterable[Sequence[nn.Module]]], budget: int) -> None:

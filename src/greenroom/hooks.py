@@ -238,7 +238,7 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
                 for half, modules in halves.items()
             ]
             return
-        runs = runs_of(module, within.budget) if within is not None else []
+        runs = runs_of(module, within.divided_for) if within is not None else []
         whole = part([module], name, but={m for run in runs for m in run.modules})
         whole.inside.remove(module)  # its own forward comes through pre_forward
         if runs:

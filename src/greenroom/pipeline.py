@@ -22,7 +22,7 @@ from .device.backend import find_device
 from .device.walk import walk, why_valueless
 from .engine import Engine
 from .errors import NoAcceleratorError, UsageError, WeightsError
-from .grant import read_budget, refuse_too_small
+from .grant import AUTO, Budget, read_budget, refuse_too_small
 from .second_try import original_of
 
 if TYPE_CHECKING:
@@ -60,12 +60,13 @@ def enable_model_cpu_offload(
         sequence: the order in which components run, ``"text_encoder->unet->vae"``; else the
             pipeline's ``model_cpu_offload_seq``.
         budget: device memory for weights and what they work on together: bytes, ``"8GiB"``, or
-            ``"80%"`` of what the device has. What fits stays on the device, also between calls,
-            what is needed next is on its way, and what is larger streams through block by block.
-            None: one component at a time.
+            ``"80%"`` of what the device has, or ``"auto"`` for what is free when a call begins.
+            What fits stays on the device, also between calls, what is needed next is on its way,
+            and what is larger streams through block by block. None: one component at a time.
 
     Raises:
         UsageError (a ValueError): the request cannot be; nothing has been touched.
+        BudgetTooSmall (a UsageError): the largest block of some component exceeds the budget.
         NoAcceleratorError (a RuntimeError): there is no such device.
         ImportError: accelerate is older than 0.17.0.
     """
@@ -84,7 +85,7 @@ def enable_model_cpu_offload(
     granted = before.budget if before is not None and budget is None else _granted(budget, target)
     if granted is not None:
         stays = set(getattr(pipe, "_exclude_from_cpu_offload", ())) - set(order.names)
-        _refuse_too_small(modules, stays, granted)
+        _refuse_too_small(modules, stays, granted, target)
     if before is not None and (before.engine.device, before.budget) == (target, granted):
         with before.engine.lock:  # another thread's call ends first
             before.order = order
@@ -149,7 +150,7 @@ class Offloading:
     It keeps neither the pipeline nor its components alive.
     """
 
-    def __init__(self, engine: Engine, order: Order, budget: int | None = None) -> None:
+    def __init__(self, engine: Engine, order: Order, budget: Budget | None = None) -> None:
         self.engine = engine
         self.order = order
         self.budget = budget
@@ -415,15 +416,17 @@ def _absence(device: torch.device) -> str:
     return f"There is no device {device}: torch finds {_device_count(device)} of type {device.type}"
 
 
-def _granted(budget: int | str | None, device: torch.device) -> int | None:
-    """The budget in bytes."""
+def _granted(budget: int | str | None, device: torch.device) -> Budget | None:
+    """The budget in bytes, or `AUTO`."""
     if budget is None:
         return None
     memory = Engine.of(device).backend.memory_bytes() if _is_present(device) else 0
     return read_budget(budget, memory)
 
 
-def _refuse_too_small(modules: Mapping[str, nn.Module], stays: set[str], budget: int) -> None:
+def _refuse_too_small(
+    modules: Mapping[str, nn.Module], stays: set[str], budget: Budget, device: torch.device
+) -> None:
     """Refuse a budget that cannot hold what has to be there together, before anything moves."""
     from .hooks import halves_of
 
@@ -433,7 +436,7 @@ def _refuse_too_small(modules: Mapping[str, nn.Module], stays: set[str], budget:
             for name, module in modules.items()
             if name not in stays and quantised.why_immovable(module) is None
         },
-        budget,
+        Engine.of(device).backend.memory_bytes() if budget == AUTO else budget,
     )
 
 

@@ -35,8 +35,8 @@ class Recording:
         self._backend.restart_peak()
         self._entries.append(_Entry(step, self._backend.record_time()))
 
-    def end(self, weights_nbytes: int) -> int | None:
-        """The last step ends; so many bytes of weights were on the device meanwhile.
+    def end(self, there_nbytes: int) -> int | None:
+        """The last step ends; so many bytes were on the device that it did not work on.
 
         Returns:
             The most bytes it took besides; None if it has ended before.
@@ -45,7 +45,7 @@ class Recording:
             return None
         entry = self._entries[-1]
         entry.ended = self._backend.record_time()
-        entry.beside_nbytes = max(0, self._backend.restart_peak() - weights_nbytes)
+        entry.beside_nbytes = max(0, self._backend.restart_peak() - there_nbytes)
         return entry.beside_nbytes
 
     def opened(self, part: str) -> list[int]:

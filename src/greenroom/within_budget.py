@@ -25,7 +25,15 @@ from .core.simulate import Costs
 from .core.trace import Step, visits
 from .core.units import format_bytes
 from .errors import DeviceOutOfMemory
-from .grant import SPARE_PARTS, largest_step, refuse_if_exceeded, smallest_for
+from .grant import (
+    AUTO,
+    SPARE_PARTS,
+    Budget,
+    free_now,
+    largest_step,
+    refuse_if_exceeded,
+    smallest_for,
+)
 from .recording import Recording
 from .second_try import refusal_of
 
@@ -37,6 +45,7 @@ logger = logging.getLogger("greenroom")
 
 _USUAL_COSTS = Costs(20e9)  # PCIe 4.0 x16, until the link was measured
 _USUAL_STEP_S = 0.01  # until the step was measured
+_SAME = 0.95  # a plan for at least so much of what may be used is good enough
 _ALWAYS_FLYING = 128 * 2**20  # bytes: 5 ms on PCIe 4.0, which a host may be away
 
 
@@ -54,14 +63,18 @@ class _Known:
 class WithinBudget:
     """What a device's engine does when it was granted a budget."""
 
-    def __init__(self, engine: Engine, budget: int) -> None:
+    def __init__(self, engine: Engine, budget: Budget) -> None:
         self.engine = engine
-        self.budget = budget
-        # Digests, and what differs from call to call, take a little that is in no plan.
-        self._usable = budget - budget // SPARE_PARTS
+        self._is_auto = budget == AUTO
+        self.budget = free_now(engine.backend, 0) if budget == AUTO else budget
+        #: The budget that components are taken apart for.
+        self.divided_for = self.budget
+        if self._is_auto:  # more may be free when they run
+            self.divided_for = max(self.budget, engine.backend.memory_bytes() // 4)
         self.director: Director | None = None
         self._plans: dict[Hashable, _Known] = {}
         self._before: Mapping[str, int] = {}
+        self._outside_nbytes = 0  # on the device when the call began, and not ours
         self._key: Hashable = None
         self._prior: list[Step] = []
         self._inside: list[str] = []  # components whose forwards run: what lies beside their blocks
@@ -89,6 +102,11 @@ class WithinBudget:
                 part.store.settle_all()
                 bar.update(part.store.nbytes)
 
+    def grant_anew(self) -> None:
+        """A call is about to begin: if the budget is what is free, see how much that is."""
+        if self._is_auto:
+            self.budget = free_now(self.engine.backend, self._ours_nbytes)
+
     def add(self, part: Part) -> None:
         """Know a part from now on."""
         self._parts.add(part)
@@ -110,12 +128,9 @@ class WithinBudget:
         self._unsqueezed = None
         self._prior = list(prior)
         self._take_in_what_others_did()
-        known = self._plans.get(key)
+        self._outside_nbytes = self.engine.backend.allocated_bytes() - self._ours_nbytes
         self._before = self._sizes()
-        # Else weights were cast, or came and went, since the plan was made.
-        plan = known.plan if known is not None and known.before == self._before else None
-        if plan is not None:
-            refuse_if_exceeded(plan.steps, plan.sizes, self.budget)
+        plan = self._known_plan()
         self._recording = Recording(self.engine.backend) if plan is None else None
         if plan is None:
             plan = make_plan(self._prior, self._sizes(), self._usable_now, self._costs())
@@ -124,6 +139,18 @@ class WithinBudget:
         elif self.director.plan is not plan:
             self.director.follow(plan)
         self.director.begin_call()
+
+    def _known_plan(self) -> Plan | None:
+        """The plan for a call like this, if its like was seen with the same weights."""
+        known = self._plans.get(self._key)
+        if known is None or known.before != self._before:
+            return None  # else weights were cast, or came and went, since the plan was made
+        plan, usable = known.plan, self._usable_now
+        refuse_if_exceeded(plan.steps, plan.sizes, self.budget)
+        if not _SAME * usable <= plan.budget <= usable:
+            plan = make_plan(plan.steps, plan.sizes, usable, self._costs())
+            self._plans[self._key] = _Known(plan, self._before)
+        return plan
 
     def _take_in_what_others_did(self) -> None:
         """Parts whose tensors were replaced since the last call, by a cast say, go home."""
@@ -403,9 +430,9 @@ class WithinBudget:
     def _was_refused(self) -> None:
         """The device has refused: remember at how many bytes, if that was not foreseen."""
         backend, director = self.engine.backend, self.director
-        self._refused_at = backend.allocated_bytes()
+        self._refused_at = backend.allocated_bytes() - self._outside_nbytes
         if director is not None and self._recording is None and self._expected_beside() is not None:
-            limit = min(self._refused_at, self._usable_now)
+            limit = max(0, min(self._refused_at, self._usable_now))
             logger.info("no room at %d bytes: calls like this one keep below it", limit)
             self._limits[self._key] = limit
             self._plans.pop(self._key, None)
@@ -445,7 +472,8 @@ class WithinBudget:
             self._finish_record(self._recording)
             beside = self._recording.beside_of_stay(part.key)
         else:
-            beside = max(0, self.engine.backend.restart_peak() - director.resident_nbytes)
+            there = director.resident_nbytes + self._outside_nbytes
+            beside = max(0, self.engine.backend.restart_peak() - there)
         logger.info("%s takes %d bytes besides weights", part.key, beside)
         if self._unsqueezed is not None:
             room = max(0, min(self._usable_now, self._refused_at) - beside)
@@ -461,15 +489,21 @@ class WithinBudget:
 
     @property
     def _usable_now(self) -> int:
-        """Bytes for the call that goes on."""
-        return min(self._usable, self._limits.get(self._key, self._usable))
+        """Bytes for the call that goes on.
+
+        Digests, and what differs from call to call, take a little that is in no plan.
+        """
+        usable = self.budget - self.budget // SPARE_PARTS
+        limit = self._limits.get(self._key)
+        return usable if limit is None else min(usable, limit)
 
     # ---- learning
 
     def _finish_record(self, recording: Recording) -> None:
         assert self.director is not None
         unsent = sum(self.engine.part(name).store.nbytes for name in self._unsent)
-        beside = recording.end(self.director.resident_nbytes - unsent)
+        there = self.director.resident_nbytes - unsent + self._outside_nbytes
+        beside = recording.end(there)
         if beside is not None:
             self.engine.log.took(beside)
 
@@ -495,6 +529,11 @@ class WithinBudget:
             rest += stay if i in mine else [self._prior[j] for j in spans[i]]
         plan = make_plan([*done, *rest], self._sizes(), self._usable_now, self._costs())
         self.director.follow(plan, at=len(done) - 1)
+
+    @property
+    def _ours_nbytes(self) -> int:
+        """Bytes of weights on the device."""
+        return sum(part.store.nbytes for part in self._parts if part.store.is_away)
 
     def _sizes(self) -> dict[str, int]:
         return {part.key: part.store.nbytes for part in self._parts}

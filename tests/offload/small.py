@@ -19,11 +19,11 @@ BLOCK_NBYTES = 4 * (WIDTH * WIDTH + WIDTH)
 class Blocks(nn.Module):
     """Layers in a row; `works_on` is how many times its input a component takes meanwhile."""
 
-    def __init__(self, count: int, *, works_on: int = 1) -> None:
+    def __init__(self, count: int, width: int, *, works_on: int = 1) -> None:
         super().__init__()
         self.works_on = works_on
-        self.scale = nn.Parameter(torch.rand(WIDTH))
-        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
+        self.scale = nn.Parameter(torch.rand(width))
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.blocks:
@@ -38,14 +38,14 @@ class Small(greenroom.OffloadMixin):
 
     model_cpu_offload_seq = "encoder->denoiser->decoder"
 
-    def __init__(self, *, works_on: int = 1, blocks: int = 3) -> None:
+    def __init__(self, *, works_on: int = 1, blocks: int = 3, width: int = WIDTH) -> None:
         torch.manual_seed(0)
-        self.encoder, self.denoiser = Blocks(1), Blocks(blocks)
-        self.decoder = Blocks(1, works_on=works_on)
+        self.encoder, self.denoiser = Blocks(1, width), Blocks(blocks, width)
+        self.decoder = Blocks(1, width, works_on=works_on)
 
     @torch.no_grad()
     def __call__(self, rows: int = 4, *, steps: int = 2, each_step: Any = None) -> torch.Tensor:
-        x = self.encoder(torch.ones(rows, WIDTH))
+        x = self.encoder(torch.ones(rows, *self.encoder.scale.shape))
         for step in range(steps):
             x = self.denoiser(x)
             if each_step is not None:
