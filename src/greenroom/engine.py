@@ -31,6 +31,7 @@ from .within_budget import WithinBudget
 if TYPE_CHECKING:
     from .device.layout import Segment
     from .hooks import Part
+    from .traces import KeptTrace
 
 logger = logging.getLogger("greenroom")
 
@@ -189,14 +190,15 @@ class Engine:
         kind: Hashable,
         order: Sequence[Step],
         *,
+        kept: KeptTrace,
         pipeline: str,
         owner: object,
         is_watched: bool,
     ) -> Iterator[None]:
         """A pipeline's call within a budget: weights wait where the next one like it wants them.
 
-        For `kind`, `order` and `is_watched` see `WithinBudget.begin_call`, for `pipeline` and
-        `owner` see `call`. If the call raises, everything goes home.
+        For `kind`, `order`, `kept` and `is_watched` see `WithinBudget.begin_call`, for `pipeline`
+        and `owner` see `call`. If the call raises, everything goes home.
         """
         with self.lock:
             self._forget_dropped()
@@ -208,7 +210,7 @@ class Engine:
                     within.grant_anew()
                     self.log.begin(pipeline, owner, within.budget)
                     self._give_way(within)
-                    within.begin_call(kind, order, is_watched=is_watched)
+                    within.begin_call(kind, order, is_watched=is_watched, kept=kept)
                 yield
                 if is_outermost:
                     self.log.returns()

@@ -24,6 +24,7 @@ from .engine import Engine
 from .errors import NoAcceleratorError, UsageError, WeightsError
 from .grant import AUTO, Budget, read_budget, refuse_too_small
 from .second_try import original_of
+from .traces import KeptTrace
 
 if TYPE_CHECKING:
     from .hooks import OffloadHook  # needs accelerate, which may be missing or too old
@@ -155,6 +156,9 @@ class Offloading:
         self.order = order
         self.budget = budget
         self.within = engine.within(budget) if budget is not None else None
+        self._token = object()  # tells its calls from other pipelines', also when it is no more
+        if self.within is not None:
+            weakref.finalize(self, self.within.known.forget_calls_of, self._token).atexit = False
         # On the device for good, by the pipeline's wish.
         self.kept: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.immovable: set[str] = set()  # names, each of which has been said once
@@ -222,10 +226,20 @@ class Offloading:
         """A call of the pipeline with these arguments."""
         if self.within is None:
             return self.engine.call(type(pipe).__name__, self)
+        kind = _kind_of(args, kwargs)
+        modules = components_of(pipe)
+        hooks = {name: hook for name, m in modules.items() if (hook := hook_of(m)) is not None}
         return self.engine.call_within(
             self.within,
-            (id(self), _kind_of(args, kwargs)),
+            (self._token, kind),
             self._steps(pipe, kwargs),
+            kept=KeptTrace(
+                self.engine.backend,
+                type(pipe),
+                {name: modules[name] for name in hooks},
+                {name: hook.parts for name, hook in hooks.items()},
+                kind,
+            ),
             pipeline=type(pipe).__name__,
             owner=self,
             is_watched=any(map(callable, [*args, *kwargs.values()])),
@@ -460,7 +474,10 @@ def _require_accelerate() -> None:
 
 
 def _kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """What calls have in common that take the same steps: numbers, shapes, and which are given."""
+    """What calls have in common that take the same steps: numbers, shapes, and which are given.
+
+    Its repr is the same in another process.
+    """
     found: list[Hashable] = []
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
         if isinstance(value, (bool, int)):

@@ -13,7 +13,6 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,43 +20,29 @@ from tqdm.auto import tqdm
 
 from .core.director import Director, Orders
 from .core.plan import Plan, make_plan
-from .core.simulate import Costs
 from .core.trace import Step, visits
 from .core.units import format_bytes
 from .errors import DeviceOutOfMemory
 from .grant import (
     AUTO,
-    SPARE_PARTS,
     Budget,
     free_now,
     largest_step,
-    refuse_if_exceeded,
     smallest_for,
 )
+from .known_calls import KnownCalls
 from .recording import Recording
 from .second_try import refusal_of
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .hooks import Part
+    from .traces import KeptTrace
 
 logger = logging.getLogger("greenroom")
 
-_USUAL_COSTS = Costs(20e9)  # PCIe 4.0 x16, until the link was measured
 _USUAL_STEP_S = 0.01  # until the step was measured
-_SAME = 0.95  # a plan for at least so much of what may be used is good enough
 _ALWAYS_FLYING = 128 * 2**20  # bytes: 5 ms on PCIe 4.0, which a host may be away
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A plan, and the sizes of all parts when calls that it is for begin.
-
-    A component that is cast for its work has another size in the plan.
-    """
-
-    plan: Plan
-    before: Mapping[str, int]
 
 
 class WithinBudget:
@@ -72,7 +57,9 @@ class WithinBudget:
         if self._is_auto:  # more may be free when they run
             self.divided_for = max(self.budget, engine.backend.memory_bytes() // 4)
         self.director: Director | None = None
-        self._plans: dict[Hashable, _Known] = {}
+        #: What is known of calls that were seen.
+        self.known = KnownCalls(engine.backend.transfer.bytes_per_s)
+        self._kept: KeptTrace | None = None  # of the call that goes on
         self._before: Mapping[str, int] = {}
         self._outside_nbytes = 0  # on the device when the call began, and not ours
         self._key: Hashable = None
@@ -89,8 +76,6 @@ class WithinBudget:
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
         #: Bytes that were copied home because they had changed, or nobody could tell.
         self.came_home_nbytes = 0
-        # By kind of call: what was allocated when the device refused a call that was planned.
-        self._limits: dict[Hashable, int] = {}
         self._refused_at = 0  # bytes that were allocated when the device refused last
         self._unsqueezed: Plan | None = None  # what is followed but for a refusal
 
@@ -113,7 +98,14 @@ class WithinBudget:
 
     # ---- a call
 
-    def begin_call(self, key: Hashable, prior: Sequence[Step], *, is_watched: bool = False) -> None:
+    def begin_call(
+        self,
+        key: Hashable,
+        prior: Sequence[Step],
+        *,
+        is_watched: bool = False,
+        kept: KeptTrace | None = None,
+    ) -> None:
         """A pipeline's call begins.
 
         Args:
@@ -121,6 +113,7 @@ class WithinBudget:
             prior: the order to expect if no call like it was ever seen.
             is_watched: whether somebody else's code runs between the components, which may look at
                 weights, and change them.
+            kept: what another process may have learned of calls like it.
         """
         self._is_watched = is_watched
         self._call = object()
@@ -130,27 +123,16 @@ class WithinBudget:
         self._take_in_what_others_did()
         self._outside_nbytes = self.engine.backend.allocated_bytes() - self._ours_nbytes
         self._before = self._sizes()
-        plan = self._known_plan()
+        self._kept = kept
+        plan = self.known.plan(key, self._before, self.budget, kept)
         self._recording = Recording(self.engine.backend) if plan is None else None
         if plan is None:
-            plan = make_plan(self._prior, self._sizes(), self._usable_now, self._costs())
+            plan = make_plan(self._prior, self._sizes(), self._usable_now, self.known.costs())
         if self.director is None:
             self.director = Director(plan, self._sizes)
         elif self.director.plan is not plan:
             self.director.follow(plan)
         self.director.begin_call()
-
-    def _known_plan(self) -> Plan | None:
-        """The plan for a call like this, if its like was seen with the same weights."""
-        known = self._plans.get(self._key)
-        if known is None or known.before != self._before:
-            return None  # else weights were cast, or came and went, since the plan was made
-        plan, usable = known.plan, self._usable_now
-        refuse_if_exceeded(plan.steps, plan.sizes, self.budget)
-        if not _SAME * usable <= plan.budget <= usable:
-            plan = make_plan(plan.steps, plan.sizes, usable, self._costs())
-            self._plans[self._key] = _Known(plan, self._before)
-        return plan
 
     def _take_in_what_others_did(self) -> None:
         """Parts whose tensors were replaced since the last call, by a cast say, go home."""
@@ -179,14 +161,14 @@ class WithinBudget:
             steps = self._recording.steps()
             self._recording = None
             self.engine.backend.restore_peak()
-            plan = make_plan(steps, self._sizes(), self._usable_now, self._costs())
-            self._plans[self._key] = _Known(plan, self._before)
+            plan = make_plan(steps, self._sizes(), self._usable_now, self.known.costs())
+            self.known.learn(self._key, plan, self._before, self._kept)
             self._warn_if_exceeded(steps)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
         elif director.deviations:
             logger.info("%d steps were not as planned: learning anew", director.deviations)
-            self._plans.pop(self._key, None)
+            self.known.forget(self._key)
             self._expect_changes()
             return
         self._send_replaced_home()  # the decoder, cast for its work, say
@@ -212,7 +194,7 @@ class WithinBudget:
 
     def _expect_changes(self) -> None:
         """Whoever runs now may change weights, wherever they are."""
-        self._call = None
+        self._call = self._kept = None
         for part in self._parts:
             part.store.recheck()
             part.store.forget_masters()
@@ -379,7 +361,7 @@ class WithinBudget:
         while self._flying and self._flying[0][0].query():
             self._flying.popleft()
         flying = sum(nbytes for _, nbytes in self._flying)
-        enough = _ALWAYS_FLYING + self._backlog_s() * self._costs().h2d_bytes_per_s
+        enough = _ALWAYS_FLYING + self._backlog_s() * self.known.costs().h2d_bytes_per_s
         while self._unsent and flying < enough:
             flying += self.engine.part(self._unsent[0]).store.nbytes
             self._send(self._unsent[0])
@@ -432,10 +414,7 @@ class WithinBudget:
         backend, director = self.engine.backend, self.director
         self._refused_at = backend.allocated_bytes() - self._outside_nbytes
         if director is not None and self._recording is None and self._expected_beside() is not None:
-            limit = max(0, min(self._refused_at, self._usable_now))
-            logger.info("no room at %d bytes: calls like this one keep below it", limit)
-            self._limits[self._key] = limit
-            self._plans.pop(self._key, None)
+            self.known.limit(self._key, min(self._refused_at, self._usable_now))
         self.engine.log.because("the device has no room")
         backend.restart_peak()
 
@@ -489,13 +468,8 @@ class WithinBudget:
 
     @property
     def _usable_now(self) -> int:
-        """Bytes for the call that goes on.
-
-        Digests, and what differs from call to call, take a little that is in no plan.
-        """
-        usable = self.budget - self.budget // SPARE_PARTS
-        limit = self._limits.get(self._key)
-        return usable if limit is None else min(usable, limit)
+        """Bytes for the call that goes on."""
+        return self.known.usable(self._key, self.budget)
 
     # ---- learning
 
@@ -527,7 +501,7 @@ class WithinBudget:
         rest: list[Step] = []
         for i in range(mine[0] + 1 if mine else len(spans), len(spans)):
             rest += stay if i in mine else [self._prior[j] for j in spans[i]]
-        plan = make_plan([*done, *rest], self._sizes(), self._usable_now, self._costs())
+        plan = make_plan([*done, *rest], self._sizes(), self._usable_now, self.known.costs())
         self.director.follow(plan, at=len(done) - 1)
 
     @property
@@ -537,7 +511,3 @@ class WithinBudget:
 
     def _sizes(self) -> dict[str, int]:
         return {part.key: part.store.nbytes for part in self._parts}
-
-    def _costs(self) -> Costs:
-        measured = self.engine.backend.transfer.bytes_per_s()
-        return _USUAL_COSTS if measured is None else Costs(measured)

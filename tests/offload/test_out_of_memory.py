@@ -121,7 +121,7 @@ def test_a_device_smaller_than_the_budget_is_found_out() -> None:
     for _ in range(2):
         assert torch.equal(result(pipe), expected)
     assert torch.sim.memory_stats()["num_ooms"] == oomed
-    assert within_of(pipe)._limits
+    assert within_of(pipe).known._limits
     assert sim.races() == []
 
 

@@ -27,6 +27,12 @@ class Backend:
         #: Whether events of the device tell time.
         self.keeps_time = hasattr(self._module, "Event") and hasattr(self._module, "current_stream")
 
+    @property
+    def name(self) -> str:
+        """What the device calls itself; its type if it has no name."""
+        named = getattr(self._module, "get_device_name", None)
+        return self.device.type if named is None else str(named(self.device))
+
     def empty_cache(self) -> None:
         """Give the allocator's cached memory back to the device."""
         if hasattr(self._module, "empty_cache"):
