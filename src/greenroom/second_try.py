@@ -49,6 +49,20 @@ def _forward(part: Part, original: Callable[..., Any], /, *args: Any, **kwargs: 
     within = part.within_now
     if within is None:
         return original(*args, **kwargs)
+    try:
+        return _tried(part, within, original, args, kwargs)
+    except BaseException:
+        within.raised(part)
+        raise
+
+
+def _tried(
+    part: Part,
+    within: WithinBudget,
+    original: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     before = Before((args, kwargs), part.engine.backend)
     came_home = within.came_home_nbytes
     try:
@@ -62,7 +76,7 @@ def _forward(part: Part, original: Callable[..., Any], /, *args: Any, **kwargs: 
             or not before.is_unchanged()
             or any(map(_keeps_something, _modules_of(original)))
         ):
-            raise within.refusal(part.key, error) from error
+            raise within.refusal(part.store.name, error) from error
     # Not in the handler: the error's traceback holds what the first try worked on.
     before.restore()
     within.need(part, enters=True)
@@ -71,7 +85,7 @@ def _forward(part: Part, original: Callable[..., Any], /, *args: Any, **kwargs: 
     except DeviceOutOfMemory:
         raise
     except torch.OutOfMemoryError as error:
-        raise within.refusal(part.key, error, is_alone=True) from error
+        raise within.refusal(part.store.name, error, is_alone=True) from error
     within.went_well(part)
     return result
 

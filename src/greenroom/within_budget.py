@@ -215,6 +215,25 @@ class WithinBudget:
         if failed is not None:
             raise failed
 
+    @property
+    def at_work(self) -> str | None:
+        """The component whose forward runs, if any does."""
+        return self.engine.part(self._inside[-1]).store.name if self._inside else None
+
+    def give_way(self, *, goes_on: bool) -> None:
+        """Everything goes home for somebody else; whether a call then goes on."""
+        if not goes_on:
+            self.send_all_home()
+            return
+        if self._recording is not None:
+            self._finish_record(self._recording)
+        self._send_home_but(())
+
+    def raised(self, part: Part) -> None:
+        """A forward of the component has raised: it does not run any more."""
+        if part.key in self._inside:
+            del self._inside[self._inside.index(part.key) :]
+
     def _recount(self) -> None:
         """Something went wrong: what is on the device is what is on the device."""
         self._unsent.clear()
@@ -439,7 +458,7 @@ class WithinBudget:
                     needed.send(None if self._is_watched else self._call)
                 needed.arrive()
         except torch.OutOfMemoryError as error:
-            raise self.refusal(part.key, error, is_alone=True) from error
+            raise self.refusal(part.store.name, error, is_alone=True) from error
         finally:
             self._recount()
 
