@@ -165,12 +165,14 @@ def _keeps_something(module: nn.Module) -> bool:
     if any(getattr(hook, "_is_stateful", True) for hook in getattr(registry, "hooks", {}).values()):
         return True
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return any(not _is_ours(hook) for hook in hooks)
+    return not all(map(_is_harmless, hooks))
 
 
-def _is_ours(hook: Any) -> bool:
+def _is_harmless(hook: Any) -> bool:
     function = getattr(hook, "__func__", hook)
-    return str(getattr(function, "__module__", "")).startswith("greenroom.")
+    # transformers collects outputs by hooks, into what each forward of a model makes anew.
+    harmless = ("greenroom.", "transformers.utils.output_capturing")
+    return str(getattr(function, "__module__", "")).startswith(harmless)
 
 
 @functools.cache

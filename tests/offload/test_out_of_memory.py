@@ -11,6 +11,7 @@ from torch import nn
 
 import greenroom
 import greenroom.sim as sim
+from greenroom.zoo.tiny import call_kwargs, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +149,41 @@ def test_disabling_leaves_the_forwards_as_they_were() -> None:
     pipe.disable_model_cpu_offload()
     after = [{**vars(m)} for c in vars(pipe).values() for m in c.modules()]
     assert [b.keys() for b in before] == [a.keys() for a in after]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "component"),
+    [
+        ("sdxl", "text_encoder"),
+        ("sdxl", "unet"),
+        ("sdxl", "vae"),
+        ("flux", "transformer"),
+        ("wan2.2", "transformer_2"),
+    ],
+)
+def test_models_of_diffusers_are_tried_again(name: str, component: str) -> None:
+    def picture(pipe: Any) -> torch.Tensor:
+        output = pipe(**call_kwargs(name))
+        return torch.as_tensor(output.images if hasattr(output, "images") else output.frames).cpu()
+
+    pipe = tiny(name)
+    expected = picture(pipe)
+    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+    nbytes = sum(p.nbytes for m in modules for p in m.parameters())
+    greenroom.enable_model_cpu_offload(pipe, budget=int(0.8 * nbytes) + 2**22)
+    assert torch.equal(picture(pipe), expected)
+    layers = [m for m in getattr(pipe, component).modules() if m._parameters]
+    failed = fail_in(layers[-1])
+    for _ in range(2):
+        assert torch.equal(picture(pipe), expected)
+    assert failed
+    assert sim.races() == []
+
+
+def test_a_decoder_that_keeps_a_cache_is_not_tried_again() -> None:
+    pipe = tiny("wan2.2")
+    greenroom.enable_model_cpu_offload(pipe, budget="64MiB")
+    fail_in(pipe.vae.decoder.conv_out)
+    with pytest.raises(greenroom.DeviceOutOfMemory, match=r"'vae.decoder' found no room"):
+        pipe(**call_kwargs("wan2.2"))
