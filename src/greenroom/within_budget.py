@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from .grant import (
     smallest_for,
 )
 from .known_calls import KnownCalls
+from .outbox import Outbox
 from .recording import Recording
 from .second_try import refusal_of
 
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from .traces import KeptTrace
 
 logger = logging.getLogger("greenroom")
-
-_USUAL_STEP_S = 0.01  # until the step was measured
-_ALWAYS_FLYING = 128 * 2**20  # bytes: 5 ms on PCIe 4.0, which a host may be away
 
 
 class WithinBudget:
@@ -69,9 +66,7 @@ class WithinBudget:
         self._is_watched = False
         self._call: object = None  # the pipeline's call that goes on
         self._stream: Any = None  # that calls run on
-        self._unsent: deque[str] = deque()  # ordered, and to be sent as the link gets there
-        self._running: deque[tuple[Any, float]] = deque()  # steps: begun at this event, seconds
-        self._flying: deque[tuple[Any, int]] = deque()  # copies: over at this event, bytes
+        self._outbox = Outbox(engine.backend, engine.part)
         self._recording: Recording | None = None  # while a call is learned
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
         #: Bytes that were copied home because they had changed, or nobody could tell.
@@ -136,7 +131,7 @@ class WithinBudget:
 
     def _take_in_what_others_did(self) -> None:
         """Parts whose tensors were replaced since the last call, by a cast say, go home."""
-        self._running.clear()
+        self._outbox.call_begins()
         stream = self.engine.backend.current_stream()
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)
@@ -175,7 +170,7 @@ class WithinBudget:
         orders = director.end_call()
         try:
             self._carry_out(orders, ())
-            self._send_unsent()
+            self._outbox.send_all(self._masters)
             self._show(orders.onload)
         except torch.OutOfMemoryError:  # the call itself is over, and its result is there
             logger.warning("no room for what the next call begins with: everything goes home")
@@ -202,7 +197,7 @@ class WithinBudget:
     def send_all_home(self) -> None:
         """Everything goes home, whoever may need it."""
         self._inside, self._now, self._recording = [], None, None
-        self._unsent.clear()
+        self._outbox.clear()
         failed: Exception | None = None
         for part in sorted(self._parts, key=lambda part: part.key):
             if part.store.is_away:
@@ -236,7 +231,7 @@ class WithinBudget:
 
     def _recount(self) -> None:
         """Something went wrong: what is on the device is what is on the device."""
-        self._unsent.clear()
+        self._outbox.clear()
         if self.director is not None:
             self.director.recount(part.key for part in self._parts if part.store.is_away)
 
@@ -244,8 +239,7 @@ class WithinBudget:
         """A part is no more."""
         if self.director is not None:
             self.director.gone([key])
-        if key in self._unsent:
-            self._unsent.remove(key)
+        self._outbox.withdraw(key)
 
     def send_home(self, part: Part) -> None:
         """A part goes home, whoever may need it."""
@@ -313,7 +307,7 @@ class WithinBudget:
             return
         self._now = None
         if self._is_watched and self.director is not None:
-            self._send_unsent()
+            self._outbox.send_all(self._masters)
             self._show(self.director.resident)
         if self._recording is not None and not self._inside:
             self._replan(part, self._recording)
@@ -343,63 +337,30 @@ class WithinBudget:
                     self.engine.part(name).check()
             if orders.has_more_room:
                 self.engine.backend.transfer.settle()
-            self._unsent.extend(orders.onload)
+            self._outbox.order(orders.onload)
             for name in needs:
-                if name in self._unsent:
-                    self._send(name)
+                if name in self._outbox:
+                    self._outbox.send(name, self._masters)
                 self.engine.part(name).arrive()
-            self._send_ahead()
+            self._outbox.send_ahead(self._masters, self.known.costs)
         except BaseException:
             self._recount()
             raise
 
     def _go_home(self, name: str) -> None:
-        if name in self._unsent:
-            self._unsent.remove(name)
+        self._outbox.withdraw(name)
         self.came_home_nbytes += self.engine.part(name).go_home()
 
-    def _send(self, name: str) -> None:
-        """Start a part's way to the device, before others if it stands behind them."""
-        part = self.engine.part(name)
-        self._unsent.remove(name)
-        part.send(None if self._is_watched else self._call)
-        self._flying.append((self.engine.backend.record_copies(), part.store.nbytes))
-
-    def _send_unsent(self) -> None:
-        while self._unsent:
-            self._send(self._unsent[0])
-
-    def _send_ahead(self) -> None:
-        """Send so much of what was ordered that the link is busy as long as the device is.
-
-        And a little longer, until this is called again; but not more: what the pipeline itself
-        copies (its latents, say) would wait behind it, and the host for that.
-        """
-        if not self._unsent:
-            return
-        while self._flying and self._flying[0][0].query():
-            self._flying.popleft()
-        flying = sum(nbytes for _, nbytes in self._flying)
-        enough = _ALWAYS_FLYING + self._backlog_s() * self.known.costs().h2d_bytes_per_s
-        while self._unsent and flying < enough:
-            flying += self.engine.part(self._unsent[0]).store.nbytes
-            self._send(self._unsent[0])
+    @property
+    def _masters(self) -> object:
+        """See `WeightStore.send`."""
+        return None if self._is_watched else self._call
 
     def _note_progress(self) -> None:
         """A step has been ordered: the one before it ends here on the device."""
         director = self.director
-        if director is None or director.position < 0:
-            return
-        seconds = director.plan.steps[director.position].seconds
-        self._running.append(
-            (self.engine.backend.record_event(), _USUAL_STEP_S if seconds is None else seconds)
-        )
-
-    def _backlog_s(self) -> float:
-        """How long the device will work on the steps that have been ordered, this one included."""
-        while len(self._running) > 1 and self._running[1][0].query():
-            self._running.popleft()
-        return sum(seconds for _, seconds in self._running)
+        if director is not None and director.position >= 0:
+            self._outbox.step_ends(director.plan.steps[director.position].seconds)
 
     # ---- when the device refuses
 
@@ -455,7 +416,7 @@ class WithinBudget:
             for name in needs:
                 needed = self.engine.part(name)
                 if not needed.store.is_away:
-                    needed.send(None if self._is_watched else self._call)
+                    needed.send(self._masters)
                 needed.arrive()
         except torch.OutOfMemoryError as error:
             raise self.refusal(part.store.name, error, is_alone=True) from error
@@ -494,8 +455,7 @@ class WithinBudget:
 
     def _finish_record(self, recording: Recording) -> None:
         assert self.director is not None
-        unsent = sum(self.engine.part(name).store.nbytes for name in self._unsent)
-        there = self.director.resident_nbytes - unsent + self._outside_nbytes
+        there = self.director.resident_nbytes - self._outbox.nbytes + self._outside_nbytes
         beside = recording.end(there)
         if beside is not None:
             self.engine.log.took(beside)
