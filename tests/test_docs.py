@@ -26,6 +26,7 @@ PAGES = (
 WITH_EXAMPLES = {
     "README.md",
     "docs/index.md",
+    "docs/observe.md",
     "docs/simulator.md",
     "docs/tutorial.md",
     *(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/how-to/*.md")),

@@ -137,9 +137,8 @@ def test_the_changelog_is_the_repositorys_with_links_that_fit_the_page() -> None
 
 
 def test_every_public_name_is_in_the_reference() -> None:
-    listed = set(
-        re.findall(r"^::: greenroom\.(\w+)$", page("reference/greenroom.md"), re.MULTILINE)
-    )
+    pages = page("reference/greenroom.md") + page("reference/observe.md")
+    listed = set(re.findall(r"^::: greenroom\.(\w+)$", pages, re.MULTILINE))
     assert listed == set(greenroom.__all__) - {"__version__"}
 
 

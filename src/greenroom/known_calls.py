@@ -75,7 +75,8 @@ class KnownCalls:
         else:
             plan = known.plan
             steps, sizes, planned_for = plan.steps, dict(plan.sizes), plan.budget
-        refuse_if_exceeded(steps, sizes, budget)
+        # As measured: what a cast adds to a part's size is in what its step took besides.
+        refuse_if_exceeded(steps, before, budget)
         if known is None or not _SAME * usable <= planned_for <= usable:
             known = _Known(make_plan(steps, sizes, usable, self.costs()), before)
             self._plans[key] = known

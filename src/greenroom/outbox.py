@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,10 +25,9 @@ class Outbox:
         self._running: deque[tuple[Any, float]] = deque()  # steps: begun at this event, seconds
         self._flying: deque[tuple[Any, int]] = deque()  # copies: over at this event, bytes
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are still to be sent."""
-        return sum(self._part(name).store.nbytes for name in self._unsent)
+    def nbytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes that are still to be sent, of parts of these sizes."""
+        return sum(sizes.get(name, 0) for name in self._unsent)
 
     def __contains__(self, name: str) -> bool:
         return name in self._unsent

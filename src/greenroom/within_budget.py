@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .core.director import Director, Orders
 from .core.plan import Plan, make_plan
-from .core.trace import Step, visits
+from .core.trace import Step
 from .core.units import format_bytes
 from .errors import DeviceOutOfMemory
 from .grant import (
@@ -31,7 +31,7 @@ from .grant import (
 )
 from .known_calls import KnownCalls
 from .outbox import Outbox
-from .recording import Recording
+from .recording import Recording, rest_of_call
 from .second_try import refusal_of
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ class WithinBudget:
         #: What is known of calls that were seen.
         self.known = KnownCalls(engine.backend.transfer.bytes_per_s)
         self._kept: KeptTrace | None = None  # of the call that goes on
-        self._before: Mapping[str, int] = {}
+        self._before: Mapping[str, int] = {}  # bytes of all parts when the call began
+        self._cast: dict[str, int] = {}  # seen while a call is learned: bytes after it
+        self._to_be_cast: list[str] = []
         self._outside_nbytes = 0  # on the device when the call began, and not ours
         self._key: Hashable = None
         self._prior: list[Step] = []
@@ -121,6 +123,7 @@ class WithinBudget:
         self._kept = kept
         plan = self.known.plan(key, self._before, self.budget, kept)
         self._recording = Recording(self.engine.backend) if plan is None else None
+        self._cast = {}
         if plan is None:
             plan = make_plan(self._prior, self._sizes(), self._usable_now, self.known.costs())
         if self.director is None:
@@ -128,6 +131,11 @@ class WithinBudget:
         elif self.director.plan is not plan:
             self.director.follow(plan)
         self.director.begin_call()
+        self._to_be_cast = [
+            name
+            for name, nbytes in self.director.plan.sizes.items()
+            if self._before.get(name, nbytes) != nbytes
+        ]
 
     def _take_in_what_others_did(self) -> None:
         """Parts whose tensors were replaced since the last call, by a cast say, go home."""
@@ -151,22 +159,25 @@ class WithinBudget:
         if director is None:
             return
         self._inside, self._now = [], None
+        is_as_planned = self._recording is not None or not director.deviations
+        if is_as_planned:
+            if self._recording is not None:
+                self._finish_record(self._recording)
+            self._send_replaced_home()  # the decoder, cast for its work, say
         if self._recording is not None:
-            self._finish_record(self._recording)
             steps = self._recording.steps()
             self._recording = None
             self.engine.backend.restore_peak()
-            plan = make_plan(steps, self._sizes(), self._usable_now, self.known.costs())
+            plan = make_plan(steps, self._sizes_at_work(), self._usable_now, self.known.costs())
             self.known.learn(self._key, plan, self._before, self._kept)
             self._warn_if_exceeded(steps)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
-        elif director.deviations:
+        elif not is_as_planned:
             logger.info("%d steps were not as planned: learning anew", director.deviations)
             self.known.forget(self._key)
             self._expect_changes()
             return
-        self._send_replaced_home()  # the decoder, cast for its work, say
         orders = director.end_call()
         try:
             self._carry_out(orders, ())
@@ -178,7 +189,7 @@ class WithinBudget:
         self._expect_changes()
 
     def _warn_if_exceeded(self, steps: Sequence[Step]) -> None:
-        most, step = largest_step(steps, self._sizes())
+        most, step = largest_step(steps, self._before)
         if step is not None and most > self.budget:
             warnings.warn(
                 f"{step.part!r} took {format_bytes(most)}, more than the budget of "
@@ -297,6 +308,7 @@ class WithinBudget:
         self.engine.log.runs()
         self._now = step
         if self._recording is not None:
+            self._note_casts(step.needs)
             self._recording.begin(step)
 
     def left(self, part: Part) -> None:
@@ -306,11 +318,20 @@ class WithinBudget:
         if part.has_entrances:
             return
         self._now = None
+        # What is on its way and will be cast is to be cast there, not at home.
+        self._show(name for name in self._to_be_cast if self._is_sent(name))
         if self._is_watched and self.director is not None:
             self._outbox.send_all(self._masters)
             self._show(self.director.resident)
         if self._recording is not None and not self._inside:
             self._replan(part, self._recording)
+
+    def _is_sent(self, name: str) -> bool:
+        return (
+            self.director is not None
+            and name in self.director.resident
+            and name not in self._outbox
+        )
 
     def _show(self, names: Iterable[str]) -> None:
         """Let modules use what is on its way.
@@ -455,8 +476,8 @@ class WithinBudget:
 
     def _finish_record(self, recording: Recording) -> None:
         assert self.director is not None
-        there = self.director.resident_nbytes - self._outbox.nbytes + self._outside_nbytes
-        beside = recording.end(there)
+        unsent = self._outbox.nbytes(self.director.resident)
+        beside = recording.end(self.director.resident_nbytes - unsent + self._outside_nbytes)
         if beside is not None:
             self.engine.log.took(beside)
 
@@ -474,14 +495,21 @@ class WithinBudget:
             return
         self._finish_record(recording)
         done = recording.steps()
-        stay = done[opened[0] :]
-        spans = list(visits(self._prior))
-        mine = [i for i, span in enumerate(spans) if self._prior[span.start].part == part.key]
-        rest: list[Step] = []
-        for i in range(mine[0] + 1 if mine else len(spans), len(spans)):
-            rest += stay if i in mine else [self._prior[j] for j in spans[i]]
+        helpers = {p.key for p in self._parts if not p.in_sequence}
+        rest = rest_of_call(done, opened[0], self._prior, helpers)
         plan = make_plan([*done, *rest], self._sizes(), self._usable_now, self.known.costs())
         self.director.follow(plan, at=len(done) - 1)
+
+    def _note_casts(self, names: Iterable[str]) -> None:
+        """Parts that have another size than when the call began were cast for their work."""
+        for name in names:
+            nbytes = self.engine.part(name).store.nbytes
+            if self._before.get(name, nbytes) != nbytes:
+                self._cast[name] = max(nbytes, self._cast.get(name, 0))
+
+    def _sizes_at_work(self) -> dict[str, int]:
+        """What parts take while they work: those that are cast, before it and after it."""
+        return {name: n + self._cast.get(name, 0) for name, n in self._sizes().items()}
 
     @property
     def _ours_nbytes(self) -> int:

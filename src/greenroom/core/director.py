@@ -60,8 +60,8 @@ class Director:
         self.resident_nbytes = 0
         self._loose: set[str] = set()  # resident, and to be given up as soon as its room is wanted
         self._fresh: set[str] = set()  # released just now
-        self._changes = 0  # how often something came or went
-        self._staying: tuple[object, int] = (None, 0)  # see `_fits_until`
+        # Bytes of what is there and will be when a phase begins; see `_fits_until`.
+        self._staying: dict[tuple[int, int], int] = {}
         self.follow(plan)
 
     def follow(self, plan: Plan, *, at: int = -1) -> None:
@@ -69,6 +69,7 @@ class Director:
         self.plan = plan
         self.position = at
         self._horizon = 0
+        self._staying.clear()
         self._where: dict[str, list[int]] = {}
         for i, step in enumerate(plan.steps):
             for name in step.needs:
@@ -86,7 +87,7 @@ class Director:
         """A part is about to run."""
         before = self.plan.room(self.position if self.position >= 0 else None)
         position = self._find(step)
-        released = self._loosen(position)
+        released = self._loosen(position, step.needs)
         arrived = [name for name in step.needs if name not in self.resident]
         self._loose.difference_update(step.needs)
         coming = sum(map(self._size, arrived))
@@ -98,7 +99,7 @@ class Director:
             self.position = position
             if (self.plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
                 self._fresh.clear()
-            self._fetch_ahead(position, arrived, out)
+            self._fetch_ahead(position, arrived, out, room)
         if not (out or arrived or released):
             return _NOTHING
         stayed = set(out).intersection(arrived)  # there is room for it after all
@@ -116,9 +117,10 @@ class Director:
         arrived: list[str] = []
         out: list[str] = []
         if self.position == last >= 0:  # it was not cut short, and did not end elsewhere
-            self._loosen(last + 1)
+            self._loosen(last + 1, ())
             self._fresh.clear()  # the host has seen the end of the call
-            self._fetch_ahead(last, arrived, out, room_at=last + 1, most=self._urgent_nbytes())
+            room, urgent = self.plan.room(0), self._urgent_nbytes()
+            self._fetch_ahead(last, arrived, out, room, begin=last + 1, most=urgent)
         return Orders(tuple(out), tuple(arrived))  # none is in both: nothing is given up by force
 
     def _urgent_nbytes(self) -> float:
@@ -128,6 +130,8 @@ class Director:
         between two calls is no loss then, and no pause is none either.
         """
         plan = self.plan
+        if plan.fits:
+            return float("inf")  # once there, it stays
         seconds, nbytes, urgent = 0.0, 0, 0.0
         seen = set(self.resident)
         for step in plan.steps:
@@ -188,16 +192,19 @@ class Director:
 
     # ---- what goes, what comes
 
-    def _loosen(self, position: int | None) -> list[str]:
+    def _loosen(self, position: int | None, needs: tuple[str, ...]) -> list[str]:
         """What the plan gives up after the last step may go, if it is not needed very soon."""
         released = [
             name
             for name in self.plan.drops.get(self.position, ())
             if name in self.resident
+            and name not in needs
+            and name not in self._loose
             and (position is None or self._next(name, position) >= self._horizon)
         ]
-        self._loose.update(released)
-        self._changes += len(released)
+        if released:
+            self._loose.update(released)
+            self._staying.clear()
         self._fresh = set(released)
         return released
 
@@ -235,14 +242,14 @@ class Director:
         position: int,
         arrived: list[str],
         out: list[str],
+        room: int,
         *,
-        room_at: int | None = None,
+        begin: int | None = None,
         most: float = float("inf"),
     ) -> None:
         steps, resident = self.plan.steps, self.resident
         count = len(steps)
-        now = position if room_at is None else room_at
-        room = self.plan.rooms[self.plan.phase_at(now) % len(self.plan.rooms)]
+        now = position if begin is None else begin
         ahead = max(self._horizon, position + 1)
         while ahead < position + count and most > 0:
             needs = steps[ahead if ahead < count else ahead - count].needs
@@ -252,8 +259,9 @@ class Director:
                 coming = sum(map(self._size, missing))
                 if not self._fits_until(ahead, now, coming + sum(map(self._size, loose))):
                     break
-                self._loose.difference_update(loose)
-                self._changes += len(loose)
+                if loose:
+                    self._loose.difference_update(loose)
+                    self._staying.clear()
                 if not self._give_up_loose(self.resident_nbytes + coming - room, position, out):
                     break
                 for name in missing:
@@ -273,18 +281,17 @@ class Director:
         for phase in range(first + 1, last + 1):
             if self.resident_nbytes + coming <= plan.rooms[phase % len(plan.rooms)]:
                 continue
-            key = (self._changes, first, phase)
-            if self._staying[0] != key:
+            staying = self._staying.get((first, phase))
+            if staying is None:
                 begin = plan.begin_of(phase)
                 kept = plan.kept_into(phase % len(plan.rooms))
-                nbytes = sum(
+                staying = self._staying[first, phase] = sum(
                     size
                     for name, size in self.resident.items()
                     if name not in self._loose
                     and (name in kept or self._next(name, position) >= begin)
                 )
-                self._staying = (key, nbytes)
-            if self._staying[1] + coming > plan.rooms[phase % len(plan.rooms)]:
+            if staying + coming > plan.rooms[phase % len(plan.rooms)]:
                 return False
         return True
 
@@ -310,12 +317,12 @@ class Director:
         return size
 
     def _join(self, name: str) -> None:
-        self._changes += 1
+        self._staying.clear()
         self.resident[name] = self._size(name)
         self.resident_nbytes += self.resident[name]
 
     def _leave(self, name: str) -> int:
-        self._changes += 1
+        self._staying.clear()
         nbytes = self.resident.pop(name)
         self.resident_nbytes -= nbytes
         self._loose.discard(name)

@@ -29,7 +29,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 
 class State(Enum):
@@ -248,6 +248,8 @@ class Machine:
             if entry.in_sequence:
                 self._at_work = name
             return ()
+        if (entry.state, Needed) not in TABLE:
+            self._refuse(entry, event)  # before anybody goes
         by = self._driven_out_by.pop(name, None)
         if by is not None and self._swaps[frozenset((name, by))] > 1:
             self._companions.add(frozenset((name, by)))
@@ -280,16 +282,22 @@ class Machine:
                 self._at_work = None  # between two components of the sequence
         return result
 
+    def _refuse(self, entry: _Entry, event: Event) -> NoReturn:
+        name = getattr(event, "name", "a component")
+        story = " -> ".join([*entry.story, entry.state.value])
+        raise IllegalEvent(
+            f"{event} is not legal for {name!r}, which is {entry.state.value} ({story})"
+        )
+
     def _move(self, name: str, kind: type, event: Event) -> tuple[Instruction, ...]:
         entry = self._entries.get(name)
         if entry is None:
             return ()  # it was removed while its instruction was carried out
         move = TABLE.get((entry.state, kind))
         if move is None:
-            story = " -> ".join([*entry.story, entry.state.value])
-            raise IllegalEvent(
-                f"{event} is not legal for {name!r}, which is {entry.state.value} ({story})"
-            )
+            self._refuse(entry, event)
+        if (entry.state, kind) == (State.ONLOADING, Failed):
+            entry.depth.clear()  # it never came, so nobody runs it
         before, (entry.state, instruction) = entry.state, move
         if entry.state is not before:
             entry.story = [*entry.story[-7:], before.value]

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from .simulate import Costs, run, simulate
-from .trace import Phase, Step, phases
+from .trace import Phase, Step, phases, sizes_of
 
 _RINGS = (1.0, 1.5, 2.0, 3.0, 4.0)  # times the largest streamed part
 _ENOUGH = 0.999  # what is less than a thousandth faster is not worth more traffic
@@ -44,6 +44,11 @@ class Plan:
     rooms: tuple[int, ...]  # bytes for weights in each phase
     costs: Costs
     streamed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # by phase's begin
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether everything that the call needs may stay on the device all the time."""
+        return sizes_of(self.steps, self.sizes) <= min(self.rooms, default=0)
 
     def room(self, position: int | None) -> int:
         """Bytes for weights while a step runs; None is one that nobody expected."""
@@ -127,11 +132,13 @@ def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], budget: int, cost
         for offset, name in _ends(steps, phase, flows)
     )
     trials = _Trials(call)
-    for weighing in _WEIGHINGS if len(found) > 1 else _WEIGHINGS[: len(found)]:
+    is_measured = _is_measured(short)
+    for weighing in _WEIGHINGS if is_measured and len(found) > 1 else _WEIGHINGS[:1] * bool(found):
         spare = _spare(call, streams, weighing.share)
         trials.consider(_Drops(within, _given_up_between(call, streams, spare, weighing.late)))
-    trials.consider(_Drops(within, frozenset()))  # only what presses
-    trials.improve()
+    if is_measured:
+        trials.consider(_Drops(within, frozenset()))  # only what presses
+        trials.improve()
     return _plan(_Call(steps, sizes, budget, found, rooms, costs), trials.best, streams)
 
 
@@ -183,8 +190,9 @@ class _Trials:
         if is_better:
             self.best, self._least = drops, (seconds, nbytes)
             self._is_ideal = both[1].seconds * _ENOUGH <= both[1].compute_s
-        # What has to go anyway is better given up as soon as its last step is over.
-        return self.consider(self._with(drops, both[1].pressed)) or is_better
+            # What has to go anyway is better given up as soon as its last step is over.
+            self.consider(self._with(drops, both[1].pressed))
+        return is_better
 
     def _with(self, drops: _Drops, pressed: Iterable[tuple[int, str]]) -> _Drops:
         within, after = set(drops.within), set(drops.after)
@@ -217,7 +225,8 @@ class _Trials:
                 return
 
 
-_MOST_STEPS = 8_000  # to simulate: a tenth of a second
+_MOST_STEPS = 9_000  # to simulate: a tenth of a second
+_LONG = 100  # steps
 
 
 @dataclass(frozen=True)
@@ -232,7 +241,7 @@ class _Weighing:
     late: bool
 
 
-_WEIGHINGS = [_Weighing(share, late) for share in (0.0, 0.5, 1.0) for late in (True, False)]
+_WEIGHINGS = [_Weighing(share, late) for late in (True, False) for share in (0.0, 0.5, 1.0)]
 
 
 def _spare(call: _Call, streams: Sequence[set[str]], share: float) -> list[int]:
@@ -278,27 +287,39 @@ def _whole(steps: Sequence[Step], phase: Phase, sizes: Mapping[str, int]) -> int
     return sum(sizes[name] for name in {name for i in phase.cycle for name in steps[i].needs})
 
 
+def _is_measured(steps: Sequence[Step]) -> bool:
+    """Whether enough is known to tell by simulation which of two plans is faster."""
+    return sum(step.seconds is None for step in steps) * 10 < len(steps)
+
+
 def _folded(found: Sequence[Phase]) -> list[int]:
-    """The positions of a call whose loops go round three times at most."""
+    """The positions of a call whose loops go round a few times at most."""
     return [
         i
         for phase in found
-        for i in range(phase.begin, phase.begin + phase.length * min(phase.times, 3))
+        for i in range(phase.begin, phase.begin + phase.length * min(phase.times, _rounds(phase)))
     ]
+
+
+def _rounds(phase: Phase) -> int:
+    """How often a loop goes round until all rounds but the last are alike."""
+    return 3 if phase.length < _LONG else 2
 
 
 def _room(steps: Sequence[Step], phase: Phase, sizes: Mapping[str, int], budget: int) -> int:
     """Bytes for weights in a phase: the budget without what the steps work on.
 
-    Where that was never measured, half the budget is left for it, or more if the weights are small.
+    Where that was never measured, half the budget is left for it; and more, if not all weights of
+    the call fit in the other half but those of the phase take less.
     """
     inside = [steps[i] for i in range(phase.begin, phase.end)]
     known = [s.beside_nbytes for s in inside if s.beside_nbytes is not None]
     if len(known) == len(inside):
         return budget - max(known)
-    whole = sum(sizes[name] for name in {name for step in inside for name in step.needs})
+    if sizes_of(steps, sizes) <= budget // 2:
+        return budget // 2
     largest = max(sum(sizes[name] for name in step.needs) for step in inside)
-    return max(min(whole, budget // 2), largest)
+    return max(min(_whole(steps, phase, sizes), budget // 2), largest)
 
 
 def _streamed(
@@ -306,6 +327,8 @@ def _streamed(
 ) -> set[str]:
     """Which parts of a loop stream: the choice that is fastest, then the one that moves least."""
     largest = max(sizes[step.part] for step in cycle)
+    if any(step.beside_nbytes is None for step in cycle):
+        return _late(cycle, sizes, capacity - 3 * largest)
     choices: list[set[str]] = []
     for ring in _RINGS:
         for by_time in (True, False):
@@ -323,6 +346,22 @@ def _streamed(
         if seconds < least * _ENOUGH:
             best, least = chosen, seconds
     return best
+
+
+def _late(cycle: Sequence[Step], sizes: Mapping[str, int], stays: int) -> set[str]:
+    """What is used last in a round that was never measured; `stays` bytes are left.
+
+    There will be more room in the second round, and time to fill it before these are needed.
+    """
+    held = {name for step in cycle for name in step.held}
+    stays -= sum(sizes[name] for name in held)
+    late = set()
+    for name in dict.fromkeys(step.part for step in cycle):
+        if name not in held:
+            stays -= sizes[name]
+            if stays < 0:
+                late.add(name)
+    return late
 
 
 def _spread(
@@ -362,9 +401,9 @@ def _round(
     capacity: int,
     costs: Costs,
 ) -> float:
-    """Seconds of one round of a loop, once it goes round: the third of three."""
+    """Seconds of one round of a loop, once it goes round."""
     plain = [Step(s.part, s.held, s.seconds, 0, s.opens) for s in cycle]
-    phase = Phase(0, len(plain), 3)
+    phase = Phase(0, len(plain), 3 if len(plain) < _LONG else 2)
     steps = plain * phase.times
     drops: dict[int, list[str]] = {}
     for offset, name in _ends(steps, phase, chosen):
@@ -380,7 +419,7 @@ def _round(
         costs,
     )
     ends = simulate(plan, costs).ends
-    return ends[-1] - ends[2 * phase.length - 1]
+    return ends[-1] - ends[-phase.length - 1]
 
 
 def _ends(steps: Sequence[Step], phase: Phase, flows: set[str]) -> list[tuple[int, str]]:

@@ -389,10 +389,11 @@ class WeightStore:
         if (
             home is not None
             and home.segment.device is not None
-            and is_same_kind(tensor, home.master)
-            and torch.equal(tensor.data, self._on_device(home))
+            and (tensor.shape, tensor.stride()) == (home.master.shape, home.master.stride())
+            and torch.equal(tensor.data, self._on_device(home).to(tensor.dtype))
         ):
-            tensor.data = home.master  # cast on the device, and back
+            # It was cast on the device, and maybe back: so is what is at home.
+            tensor.data = home.master.to(tensor.dtype)
             return 0
         master = resident.master if resident is not None else None
         if master is not None and (master.dtype, master.shape) == (tensor.dtype, tensor.shape):
