@@ -60,8 +60,10 @@ class Director:
         self.resident_nbytes = 0
         self._loose: set[str] = set()  # resident, and to be given up as soon as its room is wanted
         self._fresh: set[str] = set()  # released just now
-        # Bytes of what is there and will be when a phase begins; see `_fits_until`.
-        self._staying: dict[tuple[int, int], int] = {}
+        # By later phase: what is there and will be when that begins; see `_fits_until`.
+        self._staying: dict[int, dict[str, int]] = {}
+        self._staying_nbytes: dict[int, int] = {}
+        self._staying_since = -1  # the phase that these were seen from
         self.follow(plan)
 
     def follow(self, plan: Plan, *, at: int = -1) -> None:
@@ -80,6 +82,7 @@ class Director:
         count = len(self.plan.steps)
         self._horizon = max(0, self._horizon - count) if self.position == count - 1 else 0
         self.position = -1
+        self._staying.clear()
         self.deviations = 0
         self.pressed.clear()
 
@@ -89,7 +92,10 @@ class Director:
         position = self._find(step)
         released = self._loosen(position, step.needs)
         arrived = [name for name in step.needs if name not in self.resident]
-        self._loose.difference_update(step.needs)
+        for name in step.needs:
+            if name in self._loose:
+                self._loose.discard(name)
+                self._stays(name)
         coming = sum(map(self._size, arrived))
         room = self.plan.room(position)
         out = self._make_room(coming, room, step.needs, position)
@@ -202,9 +208,9 @@ class Director:
             and name not in self._loose
             and (position is None or self._next(name, position) >= self._horizon)
         ]
-        if released:
-            self._loose.update(released)
-            self._staying.clear()
+        for name in released:
+            self._loose.add(name)
+            self._goes(name)
         self._fresh = set(released)
         return released
 
@@ -259,9 +265,9 @@ class Director:
                 coming = sum(map(self._size, missing))
                 if not self._fits_until(ahead, now, coming + sum(map(self._size, loose))):
                     break
-                if loose:
-                    self._loose.difference_update(loose)
-                    self._staying.clear()
+                for name in loose:
+                    self._loose.discard(name)
+                    self._stays(name)
                 if not self._give_up_loose(self.resident_nbytes + coming - room, position, out):
                     break
                 for name in missing:
@@ -278,22 +284,42 @@ class Director:
         """
         plan = self.plan
         first, last = plan.phase_at(position), plan.phase_at(ahead)
+        if first != self._staying_since:
+            self._staying.clear()
+            self._staying_since = first
         for phase in range(first + 1, last + 1):
-            if self.resident_nbytes + coming <= plan.rooms[phase % len(plan.rooms)]:
+            room = plan.rooms[phase % len(plan.rooms)]
+            if self.resident_nbytes + coming <= room:
                 continue
-            staying = self._staying.get((first, phase))
-            if staying is None:
-                begin = plan.begin_of(phase)
-                kept = plan.kept_into(phase % len(plan.rooms))
-                staying = self._staying[first, phase] = sum(
-                    size
+            if phase not in self._staying:
+                self._staying[phase] = found = {
+                    name: size
                     for name, size in self.resident.items()
-                    if name not in self._loose
-                    and (name in kept or self._next(name, position) >= begin)
-                )
-            if staying + coming > plan.rooms[phase % len(plan.rooms)]:
+                    if name not in self._loose and self._will_be_there(name, phase, position)
+                }
+                self._staying_nbytes[phase] = sum(found.values())
+            if self._staying_nbytes[phase] + coming > room:
                 return False
         return True
+
+    def _will_be_there(self, name: str, phase: int, position: int) -> bool:
+        """Whether something that is there, and not given up, is until a later phase begins."""
+        plan = self.plan
+        return name in plan.kept_into(phase % len(plan.rooms)) or self._next(
+            name, position
+        ) >= plan.begin_of(phase)
+
+    def _stays(self, name: str) -> None:
+        """Something has come, or is not to be given up after all."""
+        for phase, found in self._staying.items():
+            if self._will_be_there(name, phase, max(0, self.position)):
+                found[name] = self.resident[name]
+                self._staying_nbytes[phase] += found[name]
+
+    def _goes(self, name: str) -> None:
+        """Something has left, or is to be given up."""
+        for phase, found in self._staying.items():
+            self._staying_nbytes[phase] -= found.pop(name, 0)
 
     def _give_up_loose(self, nbytes: int, position: int, out: list[str]) -> bool:
         """Give up so many bytes of what is loose, or nothing if that is not enough."""
@@ -317,12 +343,12 @@ class Director:
         return size
 
     def _join(self, name: str) -> None:
-        self._staying.clear()
         self.resident[name] = self._size(name)
         self.resident_nbytes += self.resident[name]
+        self._stays(name)
 
     def _leave(self, name: str) -> int:
-        self._staying.clear()
+        self._goes(name)
         nbytes = self.resident.pop(name)
         self.resident_nbytes -= nbytes
         self._loose.discard(name)
