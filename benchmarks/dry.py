@@ -41,12 +41,13 @@ def measure(
     """Enable one way and call the pipeline a few times."""
     import greenroom.sim as sim
     from greenroom import zoo
+    from greenroom.traces import keeping_none
 
     with sim.measure() as enabling:
         enable(pipe)
     measured = []
     for _ in range(calls):
-        with sim.measure() as call:
+        with keeping_none(), sim.measure() as call:  # the first call is one each time
             pipe(**zoo.full_call_kwargs(name, **arguments))
         measured.append(call)
     return {"enable": _plain(enabling), "calls": [_plain(call) for call in measured]}

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import observe
     from .drop_in import install, uninstall
-    from .errors import GreenroomError, NoAcceleratorError, UsageError, WeightsError
+    from .errors import (
+        BudgetTooSmall,
+        DeviceOutOfMemory,
+        GreenroomError,
+        NoAcceleratorError,
+        UsageError,
+        WeightsError,
+    )
     from .forecast import Forecast, Recording, predict, trace_of
     from .observe import Report, report
     from .pipeline import (
@@ -22,6 +29,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "BudgetTooSmall",
+    "DeviceOutOfMemory",
     "Forecast",
     "GreenroomError",
     "NoAcceleratorError",
@@ -45,6 +54,8 @@ __all__ = [
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "BudgetTooSmall": "errors",
+    "DeviceOutOfMemory": "errors",
     "Forecast": "forecast",
     "GreenroomError": "errors",
     "NoAcceleratorError": "errors",

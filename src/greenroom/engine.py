@@ -12,8 +12,9 @@ import contextlib
 import itertools
 import logging
 import threading
+import warnings
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -22,19 +23,32 @@ from tqdm.auto import tqdm
 from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed, Onload
 from .core.pinning import PinningAllowance
 from .core.trace import Step
+from .core.units import format_bytes
 from .device.backend import Backend
+from .errors import DeviceOutOfMemory, UsageError
+from .grant import Budget
 from .observe.log import Log
 from .within_budget import WithinBudget
 
 if TYPE_CHECKING:
     from .device.layout import Segment
     from .hooks import Part
+    from .traces import KeptTrace
 
 logger = logging.getLogger("greenroom")
 
 # Segments that are page-locked after a forward: host work of about 0.1 s, which must not outlast
 # what the device has queued.
 _SETTLE_AT_ONCE = 3
+
+
+def _nobody() -> None:
+    return None
+
+
+def _is_torch_refusal(error: BaseException) -> bool:
+    is_out_of_memory = isinstance(error, torch.OutOfMemoryError)
+    return is_out_of_memory and not isinstance(error, DeviceOutOfMemory)
 
 
 class Engine:
@@ -49,12 +63,14 @@ class Engine:
         self.log = Log(self.backend)
         self.lock = threading.RLock()
         self._parts: weakref.WeakValueDictionary[str, Part] = weakref.WeakValueDictionary()
-        self._budgets: weakref.WeakValueDictionary[int, WithinBudget] = (
+        self._budgets: weakref.WeakValueDictionary[Budget, WithinBudget] = (
             weakref.WeakValueDictionary()
         )
         self._serial = itertools.count()
         self._dropped: collections.deque[str] = collections.deque()
-        self._calls = 0
+        self._callers: list[WithinBudget | None] = []  # of the calls that go on, outermost first
+        # Whose parts may be on the device: of one budget, or of none.
+        self._holder: Callable[[], WithinBudget | None] = _nobody
         self._pinning = PinningAllowance()
         self._is_settled = False  # since the last onload
 
@@ -63,7 +79,7 @@ class Engine:
         """The engine of a device (with its index)."""
         return cls._engines.setdefault(device, cls(device))
 
-    def within(self, budget: int) -> WithinBudget:
+    def within(self, budget: Budget) -> WithinBudget:
         """What runs pipelines within so many bytes; one for all that were granted as many."""
         found = self._budgets.get(budget)
         if found is None:
@@ -124,6 +140,8 @@ class Engine:
             if self._dropped:
                 self._forget_dropped()
             part = self._parts[key]
+            if part.within is not self._holder():
+                self._hand_over(part.within, part.store.nbytes)
             if part.within is not None:
                 part.within.need(part, enters=enters)
                 return
@@ -153,10 +171,10 @@ class Engine:
         `pipeline` and `owner` are for the log: the class, and what tells it from others.
         """
         with self.lock:
-            if self._calls == 0:
+            if not self._callers:
                 self.log.begin(pipeline, owner, None)
-                self._give_way(None)
-            self._calls += 1
+                self._hand_over(None, 0)
+            self._callers.append(None)
             raised: BaseException | None = None
             try:
                 yield
@@ -164,15 +182,15 @@ class Engine:
                 raised = error
                 raise
             finally:
-                self._calls -= 1
-                if self._calls == 0:
+                self._callers.pop()
+                if not self._callers:
                     self.log.because("the call is over")
                     try:
                         self.end_call()
                     finally:
                         self.log.end(raised)
                 raised = None  # its traceback holds this frame
-            if self._calls == 0:
+            if not self._callers:
                 self._settle_what_was_saved()
 
     @contextlib.contextmanager
@@ -182,51 +200,89 @@ class Engine:
         kind: Hashable,
         order: Sequence[Step],
         *,
+        kept: KeptTrace,
         pipeline: str,
         owner: object,
         is_watched: bool,
     ) -> Iterator[None]:
         """A pipeline's call within a budget: weights wait where the next one like it wants them.
 
-        For `kind`, `order` and `is_watched` see `WithinBudget.begin_call`, for `pipeline` and
-        `owner` see `call`. If the call raises, everything goes home.
+        For `kind`, `order`, `kept` and `is_watched` see `WithinBudget.begin_call`, for `pipeline`
+        and `owner` see `call`. If the call raises, everything goes home.
         """
         with self.lock:
             self._forget_dropped()
-            self._calls += 1
-            is_outermost = self._calls == 1
+            is_outermost, is_own = not self._callers, within not in self._callers
             raised: BaseException | None = None
+            if is_own:
+                self._hand_over(within, within.budget)
+                within.grant_anew()
+            if is_outermost:
+                self.log.begin(pipeline, owner, within.budget)
+            self._callers.append(within)
             try:
-                if is_outermost:
-                    self.log.begin(pipeline, owner, within.budget)
-                    self._give_way(within)
-                    within.begin_call(kind, order, is_watched=is_watched)
+                if is_own:
+                    within.begin_call(kind, order, is_watched=is_watched, kept=kept)
                 yield
-                if is_outermost:
-                    self.log.returns()
+                if is_own:
+                    self._hand_over(within, 0)
+                    if is_outermost:
+                        self.log.returns()
                     within.end_call()
+                    if not is_outermost:
+                        within.send_all_home()
             except BaseException as error:
                 raised = error
-                if is_outermost:
+                if is_own:
                     self.log.because("the call raised")
-                    within.send_all_home()
+                    within.fail_call(error)
+                    if _is_torch_refusal(error):
+                        raised = within.refusal(pipeline, error)
+                        raise raised from error
                 raise
             finally:
-                self._calls -= 1
+                self._callers.pop()
                 if is_outermost:
                     self.log.end(raised)
                 raised = None  # its traceback holds this frame
 
-    def _give_way(self, within: WithinBudget | None) -> None:
-        """What pipelines of other budgets have on the device goes home."""
+    def _hand_over(self, within: WithinBudget | None, nbytes: int) -> None:
+        """From now on the device is for parts of this budget, which take so many bytes.
+
+        Or for those of none. What others have there goes home; a call of theirs that goes on, from
+        whose callback this is, goes on afterwards.
+
+        Raises:
+            UsageError: a forward of theirs goes on, whose weights cannot go home.
+        """
+        before = self._holder()
+        if within is before:
+            return
+        for caller in [c for c in self._callers if c is not None and c is not within]:
+            if caller.at_work:
+                raise UsageError(
+                    f"inside a forward of {caller.at_work!r}, which has a budget of "
+                    f"{format_bytes(caller.budget)}, something runs that has another budget or "
+                    "none: their weights cannot take turns. Enable both with the same budget"
+                )
+            if nbytes > caller.budget:
+                warnings.warn(
+                    f"inside a call with a budget of {format_bytes(caller.budget)} something runs "
+                    f"that may take {format_bytes(nbytes)}: the larger one counts meanwhile",
+                    stacklevel=4,
+                )
         for other in list(self._budgets.values()):
             if other is not within:
-                other.send_all_home()
+                other.give_way(goes_on=other in self._callers)
+        if before is None:
+            self._forget_dead_threads()
+            self._carry_out(CallEnded(threading.get_ident()))
+        self._holder = _nobody if within is None else weakref.ref(within)
 
     def end_call(self) -> None:
         """Send every component home."""
         with self.lock:
-            if self._calls <= 1:
+            if len(self._callers) <= 1:
                 self._forget_dead_threads()
                 self._carry_out(CallEnded(threading.get_ident()))
 

@@ -15,6 +15,7 @@ from .device.blocks import runs_of
 from .device.store import WeightStore
 from .device.walk import is_plain, walk
 from .engine import Engine
+from .second_try import original_of, with_second_try
 
 if TYPE_CHECKING:
     from .within_budget import WithinBudget
@@ -68,7 +69,8 @@ class Part:
         self.inside = [m for root in modules for _, m in root.named_modules(memo=set(but))]
         self.store = WeightStore(modules, name, engine.backend, but=but)
         self.held = frozenset(id(held.tensor) for root in modules for held in walk(root, but=but))
-        self._is_here = False
+        self._is_here = self._is_down = False
+        self._unwraps: list[Callable[[], None]] = []
         self.doors: Sequence[nn.Module] = ()
         self.has_entrances = bool(entrances)
         self._entrances = {id(module) for module in entrances}
@@ -79,7 +81,30 @@ class Part:
             *map(self._hang, entrances),
             *(m.register_forward_hook(self._leave, always_call=True) for m in entrances),
         ]
+        if within is not None:
+            for module in entrances:
+                self._wrap(module)
         self.key = engine.join(self, name, in_sequence=in_sequence)
+
+    def _wrap(self, module: nn.Module) -> None:
+        """Let a forward that finds no room be tried again."""
+        had_own = "forward" in module.__dict__
+        ours = module.forward = with_second_try(self, module.forward)
+
+        def unwrap() -> None:
+            if module.__dict__.get("forward") is not ours:
+                return  # somebody has wrapped it since: it stays inside, and does nothing
+            if had_own:
+                module.forward = original_of(ours)
+            else:
+                del module.forward
+
+        self._unwraps.append(unwrap)
+
+    @property
+    def within_now(self) -> WithinBudget | None:
+        """The budget in which it runs; None also of a copy, and once it was taken down."""
+        return None if self._is_copy or self._is_down else self.within
 
     def _hang(self, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         # First of all hooks: others (weight_norm's) compute with the weights already.
@@ -96,9 +121,12 @@ class Part:
 
     def take_down(self) -> None:
         """No bells any more."""
+        self._is_down = True
         self.hang_bells(())
         for handle in self._fixed:
             handle.remove()
+        for unwrap in self._unwraps:
+            unwrap()
 
     @_hidden_from_compiler
     def _ring(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -202,7 +230,7 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
         def part(modules: Sequence[nn.Module], name: str, **options: Any) -> Part:
             return Part(engine, modules, name, in_sequence=in_sequence, within=within, **options)
 
-        halves = _halves(module)
+        halves = halves_of(module)
         self.is_halved = halves is not None
         if halves is not None:
             self.parts = [
@@ -210,7 +238,7 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
                 for half, modules in halves.items()
             ]
             return
-        runs = runs_of(module, within.cut_to) if within is not None else []
+        runs = runs_of(module, within.divided_for) if within is not None else []
         whole = part([module], name, but={m for run in runs for m in run.modules})
         whole.inside.remove(module)  # its own forward comes through pre_forward
         if runs:
@@ -230,6 +258,10 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
     def init_hook(self, module: nn.Module) -> nn.Module:
         """Send the module home: `UserCpuOffloadHook.offload()` comes here."""
         self.send_home()
+        forward = getattr(module, "_old_forward", None)
+        if self.within is not None and not self.is_halved and forward is not None:
+            again: Any = with_second_try(self.parts[0], original_of(forward))
+            module._old_forward = again
         for part in self.parts:
             part.store.lay_out()
             part.at_home()
@@ -261,6 +293,9 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
             self.engine.leave(part.key)
             part.take_down()
             part.store.unsettle()
+        if hasattr(module, "_old_forward"):
+            original: Any = original_of(module._old_forward)
+            module._old_forward = original
         return module
 
     def send_home(self) -> bool:
@@ -285,7 +320,7 @@ def _has_strays(inputs: Any, device: torch.device) -> bool:
     return False
 
 
-def _halves(module: nn.Module) -> dict[str, list[nn.Module]] | None:
+def halves_of(module: nn.Module) -> dict[str, list[nn.Module]] | None:
     """An autoencoder's two sides, if nothing ties them; else None."""
     children = dict(module.named_children())
     is_autoencoder = all(

@@ -23,6 +23,7 @@ from .errors import UsageError
 from .model_folder import DTYPES, ModelFolder, component_sizes, open_folder
 from .place import DEFAULT_PROFILE, Place, capacities, find_place
 from .question import Question
+from .traces import keeping_none
 
 if TYPE_CHECKING:
     from .forecast import Forecast
@@ -177,7 +178,8 @@ def demo(
         if way in _demo.WATCHED:
             reports[_demo.WATCHED[way]] = observe.report(pipe)
 
-    rows, answers = _answer(_demo.WAYS, load, question, place, _demo.CALLS, watch=watch)
+    with keeping_none():  # so that the first call is one each time
+        rows, answers = _answer(_demo.WAYS, load, question, place, _demo.CALLS, watch=watch)
     if not rows[-1].fits:
         more = ". Give it more (--capacity)" if place.is_simulated else ""
         _say(f"greenroom: out of memory: the demo does not run on {place}{more}")

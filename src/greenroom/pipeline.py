@@ -18,11 +18,13 @@ from .adapters import quantised
 from .adapters.transformers import is_encoder
 from .components import Order, components_of, order_of, unique
 from .core.trace import Step
-from .core.units import parse_bytes
 from .device.backend import find_device
 from .device.walk import walk, why_valueless
 from .engine import Engine
 from .errors import NoAcceleratorError, UsageError, WeightsError
+from .grant import AUTO, Budget, read_budget, refuse_too_small
+from .second_try import original_of
+from .traces import KeptTrace
 
 if TYPE_CHECKING:
     from .hooks import OffloadHook  # needs accelerate, which may be missing or too old
@@ -59,12 +61,13 @@ def enable_model_cpu_offload(
         sequence: the order in which components run, ``"text_encoder->unet->vae"``; else the
             pipeline's ``model_cpu_offload_seq``.
         budget: device memory for weights and what they work on together: bytes, ``"8GiB"``, or
-            ``"80%"`` of what the device has. What fits stays on the device, also between calls,
-            what is needed next is on its way, and what is larger streams through block by block.
-            None: one component at a time.
+            ``"80%"`` of what the device has, or ``"auto"`` for what is free when a call begins.
+            What fits stays on the device, also between calls, what is needed next is on its way,
+            and what is larger streams through block by block. None: one component at a time.
 
     Raises:
         UsageError (a ValueError): the request cannot be; nothing has been touched.
+        BudgetTooSmall (a UsageError): the largest block of some component exceeds the budget.
         NoAcceleratorError (a RuntimeError): there is no such device.
         ImportError: accelerate is older than 0.17.0.
     """
@@ -81,6 +84,9 @@ def enable_model_cpu_offload(
     if not _is_present(target):
         warnings.warn(f"{_absence(target)}. Calls of this pipeline will fail.", stacklevel=2)
     granted = before.budget if before is not None and budget is None else _granted(budget, target)
+    if granted is not None:
+        stays = set(getattr(pipe, "_exclude_from_cpu_offload", ())) - set(order.names)
+        _refuse_too_small(modules, stays, granted, target)
     if before is not None and (before.engine.device, before.budget) == (target, granted):
         with before.engine.lock:  # another thread's call ends first
             before.order = order
@@ -145,11 +151,14 @@ class Offloading:
     It keeps neither the pipeline nor its components alive.
     """
 
-    def __init__(self, engine: Engine, order: Order, budget: int | None = None) -> None:
+    def __init__(self, engine: Engine, order: Order, budget: Budget | None = None) -> None:
         self.engine = engine
         self.order = order
         self.budget = budget
         self.within = engine.within(budget) if budget is not None else None
+        self._token = object()  # tells its calls from other pipelines', also when it is no more
+        if self.within is not None:
+            weakref.finalize(self, self.within.known.forget_calls_of, self._token).atexit = False
         # On the device for good, by the pipeline's wish.
         self.kept: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.immovable: set[str] = set()  # names, each of which has been said once
@@ -217,10 +226,20 @@ class Offloading:
         """A call of the pipeline with these arguments."""
         if self.within is None:
             return self.engine.call(type(pipe).__name__, self)
+        kind = _kind_of(args, kwargs)
+        modules = components_of(pipe)
+        hooks = {name: hook for name, m in modules.items() if (hook := hook_of(m)) is not None}
         return self.engine.call_within(
             self.within,
-            (id(self), _kind_of(args, kwargs)),
+            (self._token, kind),
             self._steps(pipe, kwargs),
+            kept=KeptTrace(
+                self.engine.backend,
+                type(pipe),
+                {name: modules[name] for name in hooks},
+                {name: hook.parts for name, hook in hooks.items()},
+                kind,
+            ),
             pipeline=type(pipe).__name__,
             owner=self,
             is_watched=any(map(callable, [*args, *kwargs.values()])),
@@ -296,7 +315,8 @@ def detach(module: nn.Module) -> None:
         return
     ours = getattr(module.__dict__.get("forward"), "func", None)
     if ours is not None and ours.__module__ == "accelerate.hooks":
-        had_own = getattr(module._old_forward, "__func__", None) is not type(module).forward
+        original = original_of(module._old_forward)
+        had_own = getattr(original, "__func__", None) is not type(module).forward
         remove_hook_from_module(module)
         if not had_own:
             # accelerate leaves the bound method on the instance
@@ -410,22 +430,28 @@ def _absence(device: torch.device) -> str:
     return f"There is no device {device}: torch finds {_device_count(device)} of type {device.type}"
 
 
-def _granted(budget: int | str | None, device: torch.device) -> int | None:
-    """The budget in bytes."""
+def _granted(budget: int | str | None, device: torch.device) -> Budget | None:
+    """The budget in bytes, or `AUTO`."""
     if budget is None:
         return None
-    try:
-        if isinstance(budget, str) and budget.strip().endswith("%"):
-            share = float(budget.strip()[:-1]) / 100
-            if not 0 < share <= 1:
-                raise ValueError("a share is above 0 and at most 100 %")
-            return int(share * Engine.of(device).backend.memory_bytes())
-        granted = parse_bytes(budget)
-    except ValueError as error:
-        raise UsageError(f"budget={budget!r}: {error}") from error
-    if granted == 0:
-        raise UsageError("budget=0 leaves no memory to work in; grant some, or leave it out")
-    return granted
+    memory = Engine.of(device).backend.memory_bytes() if _is_present(device) else 0
+    return read_budget(budget, memory)
+
+
+def _refuse_too_small(
+    modules: Mapping[str, nn.Module], stays: set[str], budget: Budget, device: torch.device
+) -> None:
+    """Refuse a budget that cannot hold what has to be there together, before anything moves."""
+    from .hooks import halves_of
+
+    refuse_too_small(
+        {
+            name: list((halves_of(module) or {"": [module]}).values())
+            for name, module in modules.items()
+            if name not in stays and quantised.why_immovable(module) is None
+        },
+        Engine.of(device).backend.memory_bytes() if budget == AUTO else budget,
+    )
 
 
 def _require_accelerate() -> None:
@@ -448,7 +474,10 @@ def _require_accelerate() -> None:
 
 
 def _kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """What calls have in common that take the same steps: numbers, shapes, and which are given."""
+    """What calls have in common that take the same steps: numbers, shapes, and which are given.
+
+    Its repr is the same in another process.
+    """
     found: list[Hashable] = []
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
         if isinstance(value, (bool, int)):

@@ -9,80 +9,59 @@ after the call, the next one like it is planned whole.
 from __future__ import annotations
 
 import logging
+import warnings
 import weakref
-from collections import deque
-from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm.auto import tqdm
 
 from .core.director import Director, Orders
+from .core.expect import rest_of_call
 from .core.plan import Plan, make_plan
-from .core.simulate import Costs
-from .core.trace import Step, visits
+from .core.trace import Step
+from .core.units import format_bytes
+from .errors import DeviceOutOfMemory
+from .grant import (
+    AUTO,
+    Budget,
+    free_now,
+    largest_step,
+    smallest_for,
+)
+from .known_calls import KnownCalls
+from .outbox import Outbox
+from .recording import Recording
+from .second_try import refusal_of
 
 if TYPE_CHECKING:
     from .engine import Engine
     from .hooks import Part
+    from .traces import KeptTrace
 
 logger = logging.getLogger("greenroom")
-
-_USUAL_COSTS = Costs(20e9)  # PCIe 4.0 x16, until the link was measured
-_USUAL_STEP_S = 0.01  # until the step was measured
-_ALWAYS_FLYING = 128 * 2**20  # bytes: 5 ms on PCIe 4.0, which a host may be away
-
-
-@dataclass
-class _Record:
-    step: Step
-    began: Any
-    ended: Any = None
-    beside_nbytes: int = 0
-
-    def measured(self) -> Step:
-        seconds = self.began.elapsed_time(self.ended) / 1e3
-        return replace(self.step, seconds=seconds, beside_nbytes=self.beside_nbytes)
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A plan, and the sizes of all parts when calls that it is for begin.
-
-    A component that is cast for its work has another size in the plan.
-    """
-
-    plan: Plan
-    before: Mapping[str, int]
-
-
-def _turn(done: Sequence[Step], begin: int, helpers: Set[str]) -> list[Step]:
-    """A round of a loop that may follow: the stay from `begin` on, and its helpers' before it.
-
-    A ControlNet, which is outside the sequence, runs before each step of its UNet. What a call
-    works on grows as it goes on, as what components return is kept for others.
-    """
-    for span in reversed(list(visits(done[:begin]))):
-        if done[span.start].part not in helpers:
-            break
-        begin = span.start
-    return [replace(step, beside_nbytes=2 * (step.beside_nbytes or 0)) for step in done[begin:]]
 
 
 class WithinBudget:
     """What a device's engine does when it was granted a budget."""
 
-    def __init__(self, engine: Engine, budget: int) -> None:
+    def __init__(self, engine: Engine, budget: Budget) -> None:
         self.engine = engine
-        self.budget = budget
-        self.cut_to = budget  # parts are cut for so many bytes; a recording has room for more
-        # Digests, and what differs from call to call, take a little that is in no plan.
-        self._usable = budget - budget // 128
+        self._is_auto = budget == AUTO
+        self.budget = free_now(engine.backend, 0) if budget == AUTO else budget
+        #: The budget that components are taken apart for.
+        self.divided_for = self.budget
+        if self._is_auto:  # more may be free when they run
+            self.divided_for = max(self.budget, engine.backend.memory_bytes() // 4)
         self.director: Director | None = None
-        self._plans: dict[Hashable, _Known] = {}
+        #: What is known of calls that were seen.
+        self.known = KnownCalls(engine.backend.transfer.bytes_per_s)
+        self._kept: KeptTrace | None = None  # of the call that goes on
         self._before: Mapping[str, int] = {}  # bytes of all parts when the call began
         self._cast: dict[str, int] = {}  # seen while a call is learned: bytes after it
         self._to_be_cast: list[str] = []
+        self._outside_nbytes = 0  # on the device when the call began, and not ours
         self._key: Hashable = None
         self._prior: list[Step] = []
         self._inside: list[str] = []  # components whose forwards run: what lies beside their blocks
@@ -90,11 +69,13 @@ class WithinBudget:
         self._is_watched = False
         self._call: object = None  # the pipeline's call that goes on
         self._stream: Any = None  # that calls run on
-        self._unsent: deque[str] = deque()  # ordered, and to be sent as the link gets there
-        self._running: deque[tuple[Any, float]] = deque()  # steps: begun at this event, seconds
-        self._flying: deque[tuple[Any, int]] = deque()  # copies: over at this event, bytes
-        self._records: list[_Record] | None = None  # while a call is learned
+        self._outbox = Outbox(engine.backend, engine.part)
+        self._recording: Recording | None = None  # while a call is learned
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
+        #: Bytes that were copied home because they had changed, or nobody could tell.
+        self.came_home_nbytes = 0
+        self._refused_at = 0  # bytes that were allocated when the device refused last
+        self._unsqueezed: Plan | None = None  # what is followed but for a refusal
 
     @property
     def expected(self) -> tuple[Step, ...]:
@@ -109,13 +90,25 @@ class WithinBudget:
                 part.store.settle_all()
                 bar.update(part.store.nbytes)
 
+    def grant_anew(self) -> None:
+        """A call is about to begin: if the budget is what is free, see how much that is."""
+        if self._is_auto:
+            self.budget = free_now(self.engine.backend, self._ours_nbytes)
+
     def add(self, part: Part) -> None:
         """Know a part from now on."""
         self._parts.add(part)
 
     # ---- a call
 
-    def begin_call(self, key: Hashable, prior: Sequence[Step], *, is_watched: bool = False) -> None:
+    def begin_call(
+        self,
+        key: Hashable,
+        prior: Sequence[Step],
+        *,
+        is_watched: bool = False,
+        kept: KeptTrace | None = None,
+    ) -> None:
         """A pipeline's call begins.
 
         Args:
@@ -123,20 +116,22 @@ class WithinBudget:
             prior: the order to expect if no call like it was ever seen.
             is_watched: whether somebody else's code runs between the components, which may look at
                 weights, and change them.
+            kept: what another process may have learned of calls like it.
         """
         self._is_watched = is_watched
         self._call = object()
         self._inside, self._now, self._key = [], None, key
+        self._unsqueezed = None
         self._prior = list(prior)
         self._take_in_what_others_did()
-        known = self._plans.get(key)
+        self._outside_nbytes = self.engine.backend.allocated_bytes() - self._ours_nbytes
         self._before = self._sizes()
-        # Else weights were cast, or came and went, since the plan was made.
-        plan = known.plan if known is not None and known.before == self._before else None
-        self._records = [] if plan is None else None
+        self._kept = kept
+        plan = self.known.plan(key, self._before, self.budget, kept)
+        self._recording = Recording(self.engine.backend) if plan is None else None
         self._cast = {}
         if plan is None:
-            plan = make_plan(self._prior, self._sizes(), self._usable, self._costs())
+            plan = make_plan(self._prior, self._sizes(), self._usable_now, self.known.costs())
         if self.director is None:
             self.director = Director(plan, self._sizes)
         elif self.director.plan is not plan:
@@ -150,7 +145,7 @@ class WithinBudget:
 
     def _take_in_what_others_did(self) -> None:
         """Parts whose tensors were replaced since the last call, by a cast say, go home."""
-        self._running.clear()
+        self._outbox.call_begins()
         stream = self.engine.backend.current_stream()
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)
@@ -170,54 +165,98 @@ class WithinBudget:
         if director is None:
             return
         self._inside, self._now = [], None
-        is_as_planned = self._records is not None or not director.deviations
+        is_as_planned = self._recording is not None or not director.deviations
         if is_as_planned:
-            self._finish_record()
+            if self._recording is not None:
+                self._finish_record(self._recording)
             self._send_replaced_home()  # the decoder, cast for its work, say
-        if self._records is not None:
-            steps = self._measured()
-            self._records = None
+        if self._recording is not None:
+            steps = self._recording.steps()
+            self._recording = None
             self.engine.backend.restore_peak()
-            plan = make_plan(steps, self._sizes_at_work(), self._usable, self._costs())
-            self._plans[self._key] = _Known(plan, self._before)
+            plan = make_plan(steps, self._sizes_at_work(), self._usable_now, self.known.costs())
+            self.known.learn(self._key, plan, self._before, self._kept)
+            self._warn_if_exceeded(steps)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
         elif not is_as_planned:
             logger.info("%d steps were not as planned: learning anew", director.deviations)
-            del self._plans[self._key]
+            self.known.forget(self._key)
+            self._expect_changes()
             return
         orders = director.end_call()
-        self._carry_out(orders, ())
-        self._send_unsent()
-        self._show(orders.onload)
+        try:
+            self._carry_out(orders, ())
+            self._outbox.send_all(self._masters)
+            self._show(orders.onload)
+        except torch.OutOfMemoryError:  # the call itself is over, and its result is there
+            logger.warning("no room for what the next call begins with: everything goes home")
+            self.send_all_home()
         self._expect_changes()
+
+    def _warn_if_exceeded(self, steps: Sequence[Step]) -> None:
+        most, step = largest_step(steps, self._before)
+        if step is not None and most > self.budget:
+            warnings.warn(
+                f"{step.part!r} took {format_bytes(most)}, more than the budget of "
+                f"{format_bytes(self.budget)}; that could not be known before. Calls like this one "
+                f"will be refused: raise the budget to at least {smallest_for(most)}",
+                stacklevel=2,
+            )
 
     def _expect_changes(self) -> None:
         """Whoever runs now may change weights, wherever they are."""
-        self._call = None
+        self._call = self._kept = None
         for part in self._parts:
             part.store.recheck()
             part.store.forget_masters()
 
     def send_all_home(self) -> None:
         """Everything goes home, whoever may need it."""
-        self._inside, self._now, self._records = [], None, None
-        self._unsent.clear()
-        if self.director is not None:
-            names = sorted(self.director.resident)
-            self.director.gone(names)
-            known = {part.key: part for part in self._parts}
-            for name in names:
-                if name in known:
-                    known[name].go_home()
+        self._inside, self._now, self._recording = [], None, None
+        self._outbox.clear()
+        failed: Exception | None = None
+        for part in sorted(self._parts, key=lambda part: part.key):
+            if part.store.is_away:
+                try:
+                    self.came_home_nbytes += part.go_home()
+                except Exception as error:  # it stays, and is accounted for
+                    failed = error
+        self._recount()
         self._expect_changes()
+        if failed is not None:
+            raise failed
+
+    @property
+    def at_work(self) -> str | None:
+        """The component whose forward runs, if any does."""
+        return self.engine.part(self._inside[-1]).store.name if self._inside else None
+
+    def give_way(self, *, goes_on: bool) -> None:
+        """Everything goes home for somebody else; whether a call then goes on."""
+        if not goes_on:
+            self.send_all_home()
+            return
+        if self._recording is not None:
+            self._finish_record(self._recording)
+        self._send_home_but(())
+
+    def raised(self, part: Part) -> None:
+        """A forward of the component has raised: it does not run any more."""
+        if part.key in self._inside:
+            del self._inside[self._inside.index(part.key) :]
+
+    def _recount(self) -> None:
+        """Something went wrong: what is on the device is what is on the device."""
+        self._outbox.clear()
+        if self.director is not None:
+            self.director.recount(part.key for part in self._parts if part.store.is_away)
 
     def forget(self, key: str) -> None:
         """A part is no more."""
         if self.director is not None:
             self.director.gone([key])
-        if key in self._unsent:
-            self._unsent.remove(key)
+        self._outbox.withdraw(key)
 
     def send_home(self, part: Part) -> None:
         """A part goes home, whoever may need it."""
@@ -225,8 +264,8 @@ class WithinBudget:
         if part.key in self._inside:
             self._inside.remove(part.key)
         if self.director is not None and part.key in self.director.resident:
-            self.director.gone([part.key])
             self._go_home(part.key)
+            self.director.gone([part.key])
 
     # ---- a step
 
@@ -246,11 +285,11 @@ class WithinBudget:
         if part.has_entrances and now is not None and now.part == part.key:
             return  # through another of its doors, one after the other
         step = Step(part.key, self._held(beside), opens=enters)
-        if self._records is not None:
-            self._finish_record()
+        if self._recording is not None:
+            self._finish_record(self._recording)
         if self.director is None:  # no pipeline's call, which would have an end: nothing is learned
             self.begin_call(None, [])
-            self._records = self._call = None
+            self._recording = self._call = None
             if enters:
                 self._inside.append(part.key)
         assert self.director is not None
@@ -261,16 +300,22 @@ class WithinBudget:
             step.needs,
             opens=enters,
             moves=bool(orders.offload or orders.onload),
-            every=self._records is not None,
+            every=self._recording is not None,
             beside_nbytes=self._expected_beside(),
         )
-        self._carry_out(orders, step.needs)
+        try:
+            self._carry_out(orders, step.needs)
+        except torch.OutOfMemoryError:
+            is_refused = True
+        else:
+            is_refused = False
+        if is_refused:
+            self._send_alone(part, step.needs)
         self.engine.log.runs()
         self._now = step
-        if self._records is not None:
+        if self._recording is not None:
             self._note_casts(step.needs)
-            self.engine.backend.restart_peak()
-            self._records.append(_Record(step, self.engine.backend.record_time()))
+            self._recording.begin(step)
 
     def left(self, part: Part) -> None:
         """A component's forward has returned: its weights are for others to see."""
@@ -282,16 +327,16 @@ class WithinBudget:
         # What is on its way and will be cast is to be cast there, not at home.
         self._show(name for name in self._to_be_cast if self._is_sent(name))
         if self._is_watched and self.director is not None:
-            self._send_unsent()
+            self._outbox.send_all(self._masters)
             self._show(self.director.resident)
-        if self._records is not None and not self._inside:
-            self._replan(part)
+        if self._recording is not None and not self._inside:
+            self._replan(part, self._recording)
 
     def _is_sent(self, name: str) -> bool:
         return (
             self.director is not None
             and name in self.director.resident
-            and name not in self._unsent
+            and name not in self._outbox
         )
 
     def _show(self, names: Iterable[str]) -> None:
@@ -311,86 +356,136 @@ class WithinBudget:
     # ---- carrying orders out
 
     def _carry_out(self, orders: Orders, needs: tuple[str, ...]) -> None:
-        for name in orders.offload:
-            self._go_home(name)
-        if not self._is_watched:  # else somebody may still change them
-            for name in orders.release:
-                self.engine.part(name).check()
-        if orders.has_more_room:
-            self.engine.backend.transfer.settle()
-        self._unsent.extend(orders.onload)
-        for name in needs:
-            if name in self._unsent:
-                self._send(name)
-            self.engine.part(name).arrive()
-        self._send_ahead()
+        try:
+            for name in orders.offload:
+                self._go_home(name)
+            if not self._is_watched:  # else somebody may still change them
+                for name in orders.release:
+                    self.engine.part(name).check()
+            if orders.has_more_room:
+                self.engine.backend.transfer.settle()
+            self._outbox.order(orders.onload)
+            for name in needs:
+                if name in self._outbox:
+                    self._outbox.send(name, self._masters)
+                self.engine.part(name).arrive()
+            self._outbox.send_ahead(self._masters, self.known.costs)
+        except BaseException:
+            self._recount()
+            raise
 
     def _go_home(self, name: str) -> None:
-        if name in self._unsent:
-            self._unsent.remove(name)
-        self.engine.part(name).go_home()
+        self._outbox.withdraw(name)
+        self.came_home_nbytes += self.engine.part(name).go_home()
 
-    def _send(self, name: str) -> None:
-        """Start a part's way to the device, before others if it stands behind them."""
-        part = self.engine.part(name)
-        self._unsent.remove(name)
-        try:
-            part.send(None if self._is_watched else self._call)
-        except BaseException:  # the device refused
-            if self.director is not None:
-                self.director.gone([name, *self._unsent])
-            self._unsent.clear()
-            raise
-        self._flying.append((self.engine.backend.record_copies(), part.store.nbytes))
-
-    def _send_unsent(self) -> None:
-        while self._unsent:
-            self._send(self._unsent[0])
-
-    def _send_ahead(self) -> None:
-        """Send so much of what was ordered that the link is busy as long as the device is.
-
-        And a little longer, until this is called again; but not more: what the pipeline itself
-        copies (its latents, say) would wait behind it, and the host for that.
-        """
-        if not self._unsent:
-            return
-        while self._flying and self._flying[0][0].query():
-            self._flying.popleft()
-        flying = sum(nbytes for _, nbytes in self._flying)
-        enough = _ALWAYS_FLYING + self._backlog_s() * self._costs().h2d_bytes_per_s
-        while self._unsent and flying < enough:
-            flying += self.engine.part(self._unsent[0]).store.nbytes
-            self._send(self._unsent[0])
+    @property
+    def _masters(self) -> object:
+        """See `WeightStore.send`."""
+        return None if self._is_watched else self._call
 
     def _note_progress(self) -> None:
         """A step has been ordered: the one before it ends here on the device."""
         director = self.director
-        if director is None or director.position < 0:
-            return
-        seconds = director.plan.steps[director.position].seconds
-        self._running.append(
-            (self.engine.backend.record_event(), _USUAL_STEP_S if seconds is None else seconds)
-        )
+        if director is not None and director.position >= 0:
+            self._outbox.step_ends(director.plan.steps[director.position].seconds)
 
-    def _backlog_s(self) -> float:
-        """How long the device will work on the steps that have been ordered, this one included."""
-        while len(self._running) > 1 and self._running[1][0].query():
-            self._running.popleft()
-        return sum(seconds for _, seconds in self._running)
+    # ---- when the device refuses
+
+    def fail_call(self, error: BaseException) -> None:
+        """The call has raised: everything goes home."""
+        if isinstance(error, torch.OutOfMemoryError):
+            self._was_refused()
+        try:
+            self.send_all_home()
+        except Exception:  # what the call has raised matters more
+            logger.exception("not everything could go home; the next call begins with what stayed")
+
+    def make_room(self, part: Part) -> None:
+        """Everything goes home but what the forwards around this part's need.
+
+        For the rest of the call no more than what is needed stays, until `went_well`.
+        """
+        director = self.director
+        assert director is not None
+        self._was_refused()
+        around = self._inside[: self._inside.index(part.key)] if part.key in self._inside else ()
+        self._send_home_but(around)
+        if self._recording is not None:
+            self._recording.forget_stay(part.key)
+        if self._unsqueezed is None:
+            self._unsqueezed = director.plan
+        director.follow(director.plan.squeezed(0), at=director.position)
+
+    def _was_refused(self) -> None:
+        """The device has refused: remember at how many bytes, if that was not foreseen."""
+        backend, director = self.engine.backend, self.director
+        self._refused_at = backend.allocated_bytes() - self._outside_nbytes
+        if director is not None and self._recording is None and self._expected_beside() is not None:
+            self.known.limit(self._key, min(self._refused_at, self._usable_now))
+        self.engine.log.because("the device has no room")
+        backend.restart_peak()
+
+    def _send_home_but(self, stays: Sequence[str]) -> None:
+        self._now = None
+        try:
+            for part in sorted(self._parts, key=lambda part: part.key):
+                if part.store.is_away and part.key not in stays:
+                    self._go_home(part.key)
+        finally:
+            self._recount()
+
+    def _send_alone(self, part: Part, needs: tuple[str, ...]) -> None:
+        """The device has refused to take what a step needs: it gets all there is."""
+        assert self.director is not None
+        self._was_refused()
+        self._send_home_but(needs)
+        try:
+            for name in needs:
+                needed = self.engine.part(name)
+                if not needed.store.is_away:
+                    needed.send(self._masters)
+                needed.arrive()
+        except torch.OutOfMemoryError as error:
+            raise self.refusal(part.store.name, error, is_alone=True) from error
+        finally:
+            self._recount()
+
+    def went_well(self, part: Part) -> None:
+        """There was room for the second try; keep as much more there as leaves it."""
+        director = self.director
+        assert director is not None
+        if self._recording is not None:
+            self._finish_record(self._recording)
+            beside = self._recording.beside_of_stay(part.key)
+        else:
+            there = director.resident_nbytes + self._outside_nbytes
+            beside = max(0, self.engine.backend.restart_peak() - there)
+        logger.info("%s takes %d bytes besides weights", part.key, beside)
+        if self._unsqueezed is not None:
+            room = max(0, min(self._usable_now, self._refused_at) - beside)
+            director.follow(self._unsqueezed.squeezed(room), at=director.position)
+            self._unsqueezed = None
+
+    def refusal(
+        self, name: str, error: BaseException, *, is_alone: bool = False
+    ) -> DeviceOutOfMemory:
+        """The error that says so."""
+        free = self.engine.backend.free_bytes()
+        return refusal_of(self, name, error, free_nbytes=free, is_alone=is_alone)
+
+    @property
+    def _usable_now(self) -> int:
+        """Bytes for the call that goes on."""
+        return self.known.usable(self._key, self.budget)
 
     # ---- learning
 
-    def _finish_record(self) -> None:
-        if self._records and self._records[-1].ended is None:
-            assert self.director is not None
-            record = self._records[-1]
-            record.ended = self.engine.backend.record_time()
-            peak = self.engine.backend.restart_peak()
-            resident = self.director.resident
-            unsent = sum(resident.get(name, 0) for name in self._unsent)
-            record.beside_nbytes = max(0, peak - (self.director.resident_nbytes - unsent))
-            self.engine.log.took(record.beside_nbytes)
+    def _finish_record(self, recording: Recording) -> None:
+        assert self.director is not None
+        unsent = self._outbox.nbytes(self.director.resident)
+        beside = recording.end(self.director.resident_nbytes - unsent + self._outside_nbytes)
+        if beside is not None:
+            self.engine.log.took(beside)
 
     def _expected_beside(self) -> int | None:
         """What the step that runs took besides weights when it was measured."""
@@ -398,33 +493,17 @@ class WithinBudget:
             return None
         return self.director.plan.steps[self.director.position].beside_nbytes
 
-    def _measured(self) -> list[Step]:
-        self.engine.backend.synchronize()
-        return [record.measured() for record in self._records or ()]
-
-    def _replan(self, part: Part) -> None:
+    def _replan(self, part: Part, recording: Recording) -> None:
         """After the first stay in a component: expect what was expected, and what was measured."""
-        assert self._records is not None and self.director is not None
-        opened = [
-            i for i, r in enumerate(self._records) if r.step.part == part.key and r.step.opens
-        ]
+        assert self.director is not None
+        opened = recording.opened(part.key)
         if len(opened) != 1:
             return
-        self._finish_record()
-        done = self._measured()
-        spans = list(visits(self._prior))
-        expected = [self._prior[span.start].part for span in spans]
-        rest: list[Step] = []
-        if part.key in expected:
-            helpers = {p.key for p in self._parts if not p.in_sequence}
-            turn = _turn(done, opened[0], helpers)
-            for i in range(expected.index(part.key) + 1, len(spans)):
-                rest += turn if expected[i] == part.key else [self._prior[j] for j in spans[i]]
-        else:  # it helps what comes next
-            seen = {step.part for step in done}
-            first = next((i for i, name in enumerate(expected) if name not in seen), len(spans))
-            rest += [self._prior[j] for span in spans[first:] for j in span]
-        plan = make_plan([*done, *rest], self._sizes(), self._usable, self._costs())
+        self._finish_record(recording)
+        done = recording.steps()
+        helpers = {p.key for p in self._parts if not p.in_sequence}
+        rest = rest_of_call(done, opened[0], self._prior, helpers)
+        plan = make_plan([*done, *rest], self._sizes(), self._usable_now, self.known.costs())
         self.director.follow(plan, at=len(done) - 1)
 
     def _note_casts(self, names: Iterable[str]) -> None:
@@ -438,9 +517,10 @@ class WithinBudget:
         """What parts take while they work: those that are cast, before it and after it."""
         return {name: n + self._cast.get(name, 0) for name, n in self._sizes().items()}
 
+    @property
+    def _ours_nbytes(self) -> int:
+        """Bytes of weights on the device."""
+        return sum(part.store.nbytes for part in self._parts if part.store.is_away)
+
     def _sizes(self) -> dict[str, int]:
         return {part.key: part.store.nbytes for part in self._parts}
-
-    def _costs(self) -> Costs:
-        measured = self.engine.backend.transfer.bytes_per_s()
-        return _USUAL_COSTS if measured is None else Costs(measured)

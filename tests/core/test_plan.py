@@ -85,6 +85,28 @@ def test_whatever_runs_instead_of_what_was_planned(data: st.DataObject) -> None:
 
 
 @given(st.data())
+def test_after_orders_that_failed_what_is_there_is_what_counts(data: st.DataObject) -> None:
+    steps, sizes = data.draw(programs())
+    budget = data.draw(fits(steps, sizes))
+    plan = make_plan(steps, sizes, budget, COSTS)
+    director = Director(plan)
+    director.begin_call()
+    for step in steps:
+        director.begin(step)
+        if data.draw(st.integers(0, 3)) == 0:
+            there = data.draw(st.sets(st.sampled_from(sorted(sizes))))
+            director.recount(there)
+            assert set(director.resident) == there
+            assert director.resident_nbytes == sum(sizes[n] for n in there)
+        if data.draw(st.integers(0, 3)) == 0:
+            director.follow(plan.squeezed(0), at=director.position)
+            orders = director.begin(step)
+            assert set(director.resident) == set(step.needs)
+            assert not set(orders.onload) - set(step.needs)
+            director.follow(plan, at=director.position)
+
+
+@given(st.data())
 def test_where_everything_fits_the_second_call_moves_nothing(data: st.DataObject) -> None:
     steps, sizes = data.draw(programs())
     budget = sum(sizes.values()) + max(s.beside_nbytes or 0 for s in steps)

@@ -220,9 +220,8 @@ def test_a_component_that_found_no_room_is_sent_again() -> None:
         expected = pipe.text_encoder(ids)[0]
         greenroom.enable_model_cpu_offload(pipe, budget="8MiB")
         sim.fail("device_alloc")
-        with pytest.raises(torch.OutOfMemoryError):
-            pipe.text_encoder(ids)
-        assert torch.equal(pipe.text_encoder(ids)[0].cpu(), expected)
+        for _ in range(2):
+            assert torch.equal(pipe.text_encoder(ids)[0].cpu(), expected)
 
 
 def test_weights_that_are_cast_between_calls_are_planned_anew() -> None:
@@ -244,7 +243,8 @@ def test_weights_that_are_cast_between_calls_are_planned_anew() -> None:
 def test_a_pipeline_without_a_budget_gets_the_device_for_itself() -> None:
     kept, other = build("sdxl"), build("flux")
     greenroom.enable_model_cpu_offload(kept, budget="1GiB")
-    result(kept, "sdxl")
+    for _ in range(2):  # in the first call, what it works on is not known
+        result(kept, "sdxl")
     assert torch.sim.memory_allocated() > nbytes(kept) // 2
     greenroom.enable_model_cpu_offload(other)
     with sim.measure() as cost:

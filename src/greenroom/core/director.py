@@ -156,6 +156,13 @@ class Director:
                 self._leave(name)
         self._horizon = 0
 
+    def recount(self, there: Iterable[str]) -> None:
+        """Something went wrong while orders were carried out: these parts are there, no others."""
+        there = set(there)
+        self.gone(self.resident.keys() - there)
+        for name in sorted(there - self.resident.keys()):
+            self._join(name)
+
     # ---- where we are
 
     def _find(self, step: Step) -> int | None:

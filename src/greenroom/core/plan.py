@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from .simulate import Costs, run, simulate
@@ -55,6 +55,11 @@ class Plan:
         if position is None:
             return self.budget // 2
         return self.rooms[self._of_step[position]]
+
+    def squeezed(self, room: int) -> Plan:
+        """The same with at most so many bytes for weights in every phase."""
+        rooms = tuple(min(room, before) for before in self.rooms)
+        return replace(self, budget=min(self.budget, 2 * room), rooms=rooms)
 
     def phase_at(self, position: int) -> int:
         """The number of the phase; those of the next call follow on this one's."""

@@ -27,6 +27,12 @@ class Backend:
         #: Whether events of the device tell time.
         self.keeps_time = hasattr(self._module, "Event") and hasattr(self._module, "current_stream")
 
+    @property
+    def name(self) -> str:
+        """What the device calls itself; its type if it has no name."""
+        named = getattr(self._module, "get_device_name", None)
+        return self.device.type if named is None else str(named(self.device))
+
     def empty_cache(self) -> None:
         """Give the allocator's cached memory back to the device."""
         if hasattr(self._module, "empty_cache"):
@@ -40,6 +46,28 @@ class Backend:
     def memory_bytes(self) -> int:
         """All the memory that the device has."""
         return int(self._module.mem_get_info(self.device)[1])
+
+    def allocated_bytes(self) -> int:
+        """What tensors take on the device now."""
+        return int(self._module.memory_allocated(self.device))
+
+    def free_bytes(self) -> int:
+        """What could be allocated now: what is free, and what torch's allocator keeps unused."""
+        module = self._module
+        unused = module.memory_reserved(self.device) - module.memory_allocated(self.device)
+        return int(module.mem_get_info(self.device)[0] + unused)
+
+    def random_state(self) -> torch.Tensor | None:
+        """The state of the device's random generator; None where it has none to tell now."""
+        module = self._module
+        if getattr(module, "is_current_stream_capturing", bool)():
+            return None
+        return module.get_rng_state(self.device) if hasattr(module, "get_rng_state") else None
+
+    def restore_random_state(self, state: torch.Tensor | None) -> None:
+        """Set the device's random generator back."""
+        if state is not None:
+            self._module.set_rng_state(state, self.device)
 
     def synchronize(self) -> None:
         """Wait until the device has nothing to do."""

@@ -30,7 +30,7 @@ class Run:
 def runs_of(component: nn.Module, budget: int) -> list[Run]:
     """The runs of a component, in the order in which they were registered; none if it is small."""
     most = min(_MOST_BYTES, budget // _RUNS_IN_A_BUDGET)
-    if _nbytes(component) <= most:
+    if nbytes_of(component) <= most:
         return []
     units = _without_ties(component, list(_units(component, "", most)))
     runs: list[Run] = []
@@ -40,7 +40,7 @@ def runs_of(component: nn.Module, budget: int) -> list[Run]:
     for i, (name, module) in enumerate(units):
         names.append(name)
         members.append(module)
-        nbytes += _nbytes(module)
+        nbytes += nbytes_of(module)
         is_last = i + 1 == len(units) or _family(units[i + 1][0]) != _family(name)
         if nbytes >= most // 2 or is_last:
             if nbytes >= most // 16:  # less is not worth a copy of its own
@@ -51,8 +51,8 @@ def runs_of(component: nn.Module, budget: int) -> list[Run]:
 
 def _units(module: nn.Module, name: str, most: int) -> Iterator[tuple[str, nn.Module]]:
     is_called = name != "" and type(module).forward is not nn.Module.forward
-    if is_called and (_nbytes(module) <= most or not _may_be_taken_apart(module)):
-        if _nbytes(module) > 0:
+    if is_called and (nbytes_of(module) <= most or not _may_be_taken_apart(module)):
+        if nbytes_of(module) > 0:
             yield name, module
         return
     for child_name, child in module.named_children():
@@ -85,7 +85,8 @@ def _without_ties(
     return [unit for which, unit in enumerate(units, 1) if which not in tied]
 
 
-def _nbytes(module: nn.Module) -> int:
+def nbytes_of(module: nn.Module) -> int:
+    """Bytes of all weights in a module, those that share memory once."""
     sizes = {
         held.tensor.data_ptr(): extent_of(held.tensor)
         for held in walk(module)

@@ -210,12 +210,11 @@ class WeightStore:
                 self.backend.resident[id(tensor)] = self
             self._coming = []
             self.is_here = True
-            if changed:
-                self._take_digests(list(changed.values()))
-                for segment in changed.values():
-                    segment.digest_is_of = None
             for opaque in self._away:
                 opaque.enter()
+            for segment in changed.values():
+                segment.digest_is_of = None
+            self._take_digests(list(changed.values()))
 
     def _copy(self, segment: Segment) -> None:
         assert segment.device is not None
@@ -248,9 +247,13 @@ class WeightStore:
         before = [s.digest for s in watched if s.digest is not None]
         differs = None
         if watched:
-            with as_memory(), self.backend.transfer.after_use():
-                after = [digest_of(segment.watched) for segment in watched]
-                differs = torch.stack(before) != torch.stack(after)
+            try:
+                with as_memory(), self.backend.transfer.after_use():
+                    after = [digest_of(segment.watched) for segment in watched]
+                    differs = torch.stack(before) != torch.stack(after)
+            except RuntimeError:  # no room for it
+                self.backend.synchronize()  # what was begun still reads what will be freed
+                return
         self._check = watched, differs
 
     def recheck(self) -> None:
@@ -263,6 +266,11 @@ class WeightStore:
             segment.digest_is_of = None
             if segment.device is None:
                 segment.digest = None
+
+    @property
+    def is_away(self) -> bool:
+        """Whether anything is on the device, or on its way."""
+        return self.is_here or any(segment.device is not None for segment in self.segments)
 
     @property
     def is_as_it_came(self) -> bool:
@@ -343,7 +351,8 @@ class WeightStore:
         if not self._residents:
             return []
         self.check()
-        assert self._check is not None
+        if self._check is None:  # nothing can be told: what is there comes home, whatever it is
+            return [s for s in self.segments if s.device is not None]
         watched, differs = self._check
         changed = {
             id(r.segment)

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..core.director import Director
+from ..core.expect import rest_of_call
 from ..core.plan import make_plan
 from ..core.trace import Step, visits
 from .recording import Card, Cut
@@ -35,7 +36,8 @@ def first_call(cut: Cut, budget: int, card: Card) -> FirstCall:
             clock.step(director, step)
         position += len(stay)
         if is_first and position < len(cut.steps):
-            rest = _expected_after(stay, cut.expected)
+            begin = position - len(stay)
+            rest = rest_of_call(cut.steps[:position], begin, cut.expected, frozenset())
             plan = make_plan([*cut.steps[:position], *rest], cut.sizes, budget, costs)
             director.follow(plan, at=position - 1)
             clock.wait_for_device()  # to read its times
@@ -49,16 +51,6 @@ def _stays(steps: Sequence[Step]) -> Iterator[tuple[Sequence[Step], bool]]:
         part = steps[span.start].part
         yield steps[span.start : span.stop], part not in seen and steps[span.start].opens
         seen.add(part)
-
-
-def _expected_after(stay: Sequence[Step], expected: Sequence[Step]) -> list[Step]:
-    """What is expected after the first stay in a component, with what was measured in it."""
-    spans = list(visits(expected))
-    mine = [i for i, span in enumerate(spans) if expected[span.start].part == stay[0].part]
-    rest: list[Step] = []
-    for i in range(mine[0] + 1 if mine else len(spans), len(spans)):
-        rest += stay if i in mine else [expected[j] for j in spans[i]]
-    return rest
 
 
 class _Clock:

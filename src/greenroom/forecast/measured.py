@@ -59,7 +59,7 @@ def cut_of(within: WithinBudget) -> Cut:
     """The call that was measured last, with names as in a process that has no other pipeline."""
     assert within.director is not None
     plan = within.director.plan
-    return _renamed(Cut(min(within.cut_to, COARSEST), plan.sizes, plan.steps, within.expected))
+    return _renamed(Cut(min(within.divided_for, COARSEST), plan.sizes, plan.steps, within.expected))
 
 
 def _dtype_of(pipe: Any) -> str:

@@ -16,6 +16,7 @@ import torch
 from .. import sim
 from ..engine import Engine
 from ..pipeline import disable_model_cpu_offload, enable_model_cpu_offload
+from ..traces import keeping_none
 from .measured import cut_of
 from .recording import COARSEST, Card, Cut, Recording
 
@@ -54,7 +55,7 @@ class Recorder:
         sim.configure(self._profile, capacity=4 * _ENOUGH, races="off", dry_above="1MiB")
         granted, device = _ENOUGH + cut_to, torch.device("sim", 0)
         within = Engine.of(device).within(granted)
-        within.cut_to = cut_to
+        within.divided_for = cut_to
         with sim.measure() as enabling:
             enable_model_cpu_offload(self._pipe, device=device, budget=granted)
         try:
@@ -71,7 +72,7 @@ class Recorder:
         self._cuts[cut_to] = _shortened(cut, looking_s, self._resident_s)
 
     def _measured(self) -> sim.Cost:
-        with sim.measure() as cost:
+        with keeping_none(), sim.measure() as cost:
             self._call(self._pipe)
         self._note()
         return cost
