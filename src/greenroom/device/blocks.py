@@ -76,12 +76,20 @@ def _without_ties(
 ) -> list[tuple[str, nn.Module]]:
     """Leave out units that share memory with another one, or with what lies beside them."""
     inside = [module for _, module in units]
-    owners: dict[int, set[int]] = {}
-    for which, tensors in enumerate([walk(component, but=inside), *map(walk, inside)]):
-        for held in tensors:
-            if is_plain(held.tensor):
-                owners.setdefault(held.tensor.untyped_storage().data_ptr(), set()).add(which)
-    tied = {which for sharing in owners.values() if len(sharing) > 1 for which in sharing}
+    spans = sorted(
+        (held.tensor.data_ptr(), held.tensor.data_ptr() + extent_of(held.tensor), which)
+        for which, tensors in enumerate([walk(component, but=inside), *map(walk, inside)])
+        for held in tensors
+        if is_plain(held.tensor)
+    )
+    # Not by storage: weights that were page-locked together share one, and none of its bytes.
+    tied: set[int] = set()
+    end, owner = 0, -1  # of the span that reaches furthest so far
+    for begin, stop, which in spans:
+        if begin < end and which != owner:
+            tied |= {which, owner}
+        if stop > end:
+            end, owner = stop, which
     return [unit for which, unit in enumerate(units, 1) if which not in tied]
 
 
