@@ -46,7 +46,7 @@ class Orders:
 
 
 _NOTHING = Orders()
-_WORTH_A_PAUSE_S = 5e-3  # the pause is about 50 microseconds
+_WORTH_A_PAUSE_S = 5e-3  # the pause is about 150 microseconds
 
 
 class Director:

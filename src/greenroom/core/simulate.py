@@ -8,6 +8,7 @@ before it is over and what it needs has arrived.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,11 +23,13 @@ class Costs:
     """What moving takes: bytes per second to the device, and seconds for each copy.
 
     pause_s: from the end of a step to the begin of one that the host could not order before.
+    check_bytes_per_s: how fast what leaves is looked at for changes, after its last step.
     """
 
     h2d_bytes_per_s: float
     copy_s: float = 10e-6
-    pause_s: float = 50e-6
+    pause_s: float = 150e-6
+    check_bytes_per_s: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -95,13 +98,16 @@ class _Clock:
         for step in plan.steps:
             orders = director.begin(step)
             before = self._done
-            over = [used.get(name, began) for name in orders.offload]
+            over = [
+                used.get(name, began) + plan.sizes[name] / self._costs.check_bytes_per_s
+                for name in orders.offload
+            ]
             host = max([host, *over])
             if orders.has_more_room:
                 host = max(host, self._done)
             self._send(orders.onload, host)
             peak = max(peak, director.resident_nbytes + (step.beside_nbytes or 0))
-            ordered = before + self._costs.pause_s if before in over else 0.0
+            ordered = max(over) + self._costs.pause_s if over else 0.0
             start = max(before, ordered, *(self._ready.get(name, 0.0) for name in step.needs))
             stalled += start - before
             compute += step.seconds or 0.0

@@ -9,6 +9,7 @@ Parts are cut finer for small budgets, so there may be several cuts of the same 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ class Card:
     @property
     def costs(self) -> Costs:
         """What moving takes."""
-        return Costs(self.link_bytes_per_s)
+        check_bytes_per_s = self.check_bytes_per_s or math.inf
+        return Costs(self.link_bytes_per_s, check_bytes_per_s=check_bytes_per_s)
 
     def check_s(self, nbytes: int) -> float:
         """Seconds that the device takes to look at a part for changes."""
