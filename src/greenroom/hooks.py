@@ -160,20 +160,18 @@ class Part:
 
     def go_to_device(self) -> None:
         """Carry out an Onload."""
-        began = self.engine.log.now()
         self.store.onload()
-        self._log_sent(began)
+        self._log_sent()
         self.hang_bells(self.doors)
 
     def send(self, masters: object) -> None:
         """Start the way to the device; for `masters` see `WeightStore.send`."""
-        began = self.engine.log.now()
         self.store.send(settles=True, masters=masters)
-        self._log_sent(began)
+        self._log_sent()
 
-    def _log_sent(self, began: Any) -> None:
+    def _log_sent(self) -> None:
         store = self.store
-        self.engine.log.sent(self.key, store.nbytes, store.pinned_nbytes, began, store.journey)
+        self.engine.log.sent(self.key, store.nbytes, store.pinned_nbytes, store.journey)
 
     def arrive(self) -> None:
         """Have what was sent in use, from now on."""

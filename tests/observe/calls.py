@@ -31,9 +31,9 @@ def streamed() -> Call:
             Ran("unet", 1, 2.0, 2.0, 2.0, 3.0, (), (), MIB // 4),
             Ran("unet.up", 0, 3.0, 3.5, 6.0, 9.0, ("unet.up",), (), 1 * MIB),
             Offloaded("encoder", 2 * MIB, 0, 3.0, 3.5, "room for 'unet.up' and what follows it"),
-            Onloaded("unet.up", 3 * MIB, 1 * MIB, False, 3.5, 4.0, 6.0, "it is needed now"),
+            Onloaded("unet.up", 3 * MIB, 1 * MIB, False, 3.5, 6.0, "it is needed now"),
             Offloaded("unet.up", 3 * MIB, 3 * MIB, 9.0, 9.5, "the call is over"),
-            Onloaded("encoder", 2 * MIB, 2 * MIB, True, 9.5, 9.5, 11.0, "the call is over"),
+            Onloaded("encoder", 2 * MIB, 2 * MIB, True, 9.5, 11.0, "the call is over"),
         ),
     )
 

@@ -39,11 +39,11 @@ def test_each_lane_has_its_bars_in_microseconds(trace: list[dict[str, Any]]) -> 
         ("compute", "unet", 2e6, 3e6),
         ("compute", "unet.up waits", 3e6, 6e6),
         ("compute", "unet.up", 6e6, 9e6),
-        ("copies to the device", "unet.up", 4e6, 6e6),
+        ("copies to the device", "unet.up", 3.5e6, 6e6),
         ("copies to the device", "encoder", 9.5e6, 11e6),
         ("copies home", "unet.up", 9e6, 9.5e6),
     ]
-    (copy,) = [e for e in trace if e["ph"] == "X" and e["ts"] == 4e6]
+    (copy,) = [e for e in trace if e["ph"] == "X" and e["ts"] == 3.5e6]
     assert copy["args"] == {
         "component": "unet",
         "why": "it is needed now",

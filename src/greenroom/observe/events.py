@@ -64,8 +64,7 @@ class Onloaded:
         nbytes: how many bytes.
         pinned_nbytes: of them from page-locked memory; the others held the host up.
         is_ahead: whether it was sent before it was needed.
-        allocated_s: its device memory was taken.
-        began_s: the link was free, and the copy began.
+        began_s: its device memory was taken, the link was free, and the copy began.
         ended_s: it arrived.
         cause: why, in words.
     """
@@ -74,7 +73,6 @@ class Onloaded:
     nbytes: int
     pinned_nbytes: int
     is_ahead: bool
-    allocated_s: float | None
     began_s: float | None
     ended_s: float | None
     cause: str = ""
@@ -88,7 +86,7 @@ class Offloaded:
         part: which.
         nbytes: of device memory that became free.
         copied_nbytes: copied to the host, because they had changed.
-        began_s: the device had done all that came before.
+        began_s: the device had done all that came before, or the memory was free.
         ended_s: the memory was free.
         cause: why, in words.
     """

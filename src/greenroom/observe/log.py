@@ -4,9 +4,13 @@ Noting something costs the host a few microseconds and never makes it wait: time
 the device passes by itself, and are read when somebody asks. What is resident and runs again is
 counted, and nothing is recorded on the device but the end of its forward.
 
-Note [Whose memory when]: slabs are taken and given back in the order of the stream that computes,
-whatever the host's lead. An event on that stream beside each of the two tells when a byte was in
-use, and the sum of all is what the allocator counted.
+Note [Whose memory when]: weights live in the pool of the stream that copies, which takes their
+memory and gives it back in the order in which the host asks, whatever the other streams are at. An
+event on that stream beside each of the two tells when a byte was in use: a part from where its copy
+begins until what is sent next may take its place, so that at no moment the sum is more than the
+allocator counted. What the pipeline works on lives in the pool of the stream that computes, in that
+stream's order. Of both together only the host's order tells the sum, which is the order in which
+they are noted here; what is sent after a call has returned comes after all that it worked on.
 """
 
 from __future__ import annotations
@@ -69,7 +73,10 @@ class _Move:
     cause: str
 
     def read(self, clock: Callable[[Any], float | None]) -> Onloaded | Offloaded:
-        return self.kind(*(*self.values, *map(clock, self.times), self.cause))
+        began, ended = map(clock, self.times)
+        if self.kind is Offloaded and began is not None and ended is not None:
+            began = min(began, ended)  # it was free before the device came to what had been queued
+        return self.kind(*self.values, began, ended, self.cause)
 
 
 @dataclass(eq=False)
@@ -84,6 +91,7 @@ class _Raw:
     entries: list[_Run | _Move] = field(default_factory=list)
     missed: int = 0
     returned: Any = None
+    returned_at: int | None = None  # as many entries were noted before
     outcome: str = "running"
     peak: tuple[int, _Run] | None = None
     is_by_step: bool = False  # somebody else measures the memory that each step takes
@@ -97,6 +105,11 @@ class _Raw:
     def runs(self) -> list[_Run]:
         """Those of its entries that ran."""
         return [entry for entry in self.entries if isinstance(entry, _Run)]
+
+    def returns(self, now: Any) -> None:
+        """What is noted from now on is for the next call."""
+        if self.returned_at is None:
+            self.returned, self.returned_at = now, len(self.entries)
 
     def note(self, entry: _Run | _Move) -> None:
         if len(self.entries) < _MOST_EVENTS:
@@ -142,16 +155,16 @@ class Log:
         """The call is over; what follows, until `end`, is for the next one."""
         if self._open is not None:
             self._read_peak()
-            self._open.returned = self.now()
+            self._open.returns(self.now())
             self.because("the call is over")
 
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more will be noted for the call."""
         if self._open is not None:
             self._open.outcome = "returned" if error is None else f"raised {type(error).__name__}"
-            if self._open.returned is None:
+            if self._open.returned_at is None:
                 self._read_peak()
-                self._open.returned = self.now()
+                self._open.returns(self.now())
             self._backend.restore_peak()
             logger.debug("the call of %s %s", self._open.pipeline, self._open.outcome)
         self._open, self._run, self._needs = None, None, None
@@ -242,9 +255,7 @@ class Log:
         """What the device does next is timed by this event; None if it keeps no time."""
         return self._backend.record_time() if self._backend.keeps_time else None
 
-    def sent(
-        self, part: str, nbytes: int, pinned_nbytes: int, allocated: Any, journey: tuple[Any, Any]
-    ) -> None:
+    def sent(self, part: str, nbytes: int, pinned_nbytes: int, journey: tuple[Any, Any]) -> None:
         """A part was sent; `journey` has the events of its first byte and its last."""
         if nbytes == 0:  # it has no weights, or they are there
             self._resident.setdefault(part, 0)
@@ -263,9 +274,7 @@ class Log:
         self._nbytes += nbytes
         if is_ahead:
             self._unused.add(part)
-        self._call().note(
-            _Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), (allocated, *journey), cause)
-        )
+        self._call().note(_Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), journey, cause))
 
     def leaves(self, part: str) -> Any:
         """A part is about to leave the device: when; None if it is not there."""
@@ -282,12 +291,12 @@ class Log:
         if nbytes is None:
             return  # it was not there
         self.forget(part)
-        cause, ended = self._cause, self.now()
+        cause, freed = self._cause, self._backend.transfer.now()
         if self._needs is not None and self._run is not None:
             cause = f"room for {self._run.part!r} and what follows it"
-            self._run.cleared = ended
+            self._run.cleared = self.now()
         logger.debug("offload %s, %d bytes copied home: %s", part, copied_nbytes, cause)
-        self._call().note(_Move(Offloaded, (part, nbytes, copied_nbytes), (began, ended), cause))
+        self._call().note(_Move(Offloaded, (part, nbytes, copied_nbytes), (began, freed), cause))
 
     # ---- reading
 
@@ -378,11 +387,14 @@ def _read(call: _Raw, device: str) -> Call:
 
 
 def _summed_peak(call: _Raw) -> tuple[int | None, _Run | None]:
-    """The most that weights and what was measured beside them took together, and at what."""
+    """The most that weights and what was measured beside them took together, and at what.
+
+    See note [Whose memory when].
+    """
     resident = dict(call.resident)
     run: _Run | None = None
     most: tuple[int | None, _Run | None] = (None, None)
-    for entry in [*call.entries, None]:
+    for entry in [*call.entries[: call.returned_at], None]:
         if isinstance(entry, _Move):
             part, nbytes, *_ = entry.values
             if entry.kind is Onloaded:

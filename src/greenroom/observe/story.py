@@ -104,9 +104,9 @@ def story_of(call: Call, component_of: Callable[[str], str]) -> Story:
         order.setdefault(component_of(part))
         changes.append((0.0, component_of(part), nbytes))
     for event in call.events:
-        if isinstance(event, Onloaded) and event.allocated_s is not None:
+        if isinstance(event, Onloaded) and event.began_s is not None:
             order.setdefault(component_of(event.part))
-            changes.append((event.allocated_s, component_of(event.part), event.nbytes))
+            changes.append((event.began_s, component_of(event.part), event.nbytes))
             there[event.part] = event.nbytes
         elif isinstance(event, Offloaded) and event.ended_s is not None:
             changes.append((event.ended_s, component_of(event.part), -event.nbytes))
