@@ -218,7 +218,7 @@ class Engine:
                 self._hand_over(within, within.budget)
                 within.grant_anew()
             if is_outermost:
-                self.log.begin(pipeline, owner, within.budget)
+                self.log.begin(pipeline, owner, within.budget, kind)
             self._callers.append(within)
             try:
                 if is_own:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from .core.outlook import Planned
 from .core.plan import Plan, make_plan
 from .core.simulate import Costs
 from .grant import SPARE_PARTS, refuse_if_exceeded
@@ -81,6 +82,22 @@ class KnownCalls:
             known = _Known(make_plan(steps, sizes, usable, self.costs()), before)
             self._plans[key] = known
         return known.plan
+
+    def planned(self, key: Hashable, budget: int, seen_h2d_bytes_per_s: float) -> Planned | None:
+        """What is known of such calls.
+
+        Args:
+            key: of what kind.
+            budget: what they are granted.
+            seen_h2d_bytes_per_s: what the link was seen to do, in case it was never measured.
+        """
+        known = self._plans.get(key)
+        if known is None:
+            return None
+        costs = self.costs()
+        if self._measured() is None and seen_h2d_bytes_per_s > costs.h2d_bytes_per_s:
+            costs = Costs(seen_h2d_bytes_per_s)
+        return Planned(known.plan.steps, known.plan.sizes, self.usable(key, budget), costs)
 
     def learn(
         self, key: Hashable, plan: Plan, before: Mapping[str, int], kept: KeptTrace | None

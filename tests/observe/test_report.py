@@ -11,11 +11,15 @@ import pytest
 import torch
 from observe.calls import MIB, PARTS, report, streamed
 from offload.own import Chain
+from offload.small import Small
 from torch import nn
 
 import greenroom
 import greenroom.sim as sim
-from greenroom.observe.account import ComponentReport, make_report
+from greenroom.core.bound import Start, lower_bound
+from greenroom.core.units import parse_bytes
+from greenroom.grant import smallest_for
+from greenroom.observe.account import ComponentReport, Report, make_report
 from greenroom.observe.events import Call
 from greenroom.zoo import call_kwargs, tiny
 
@@ -153,6 +157,53 @@ def test_the_budget_that_is_said_to_hold_all_weights_does() -> None:
     for _ in range(3):
         pipe(**call_kwargs("sdxl"))
     assert greenroom.report(pipe).total.h2d_nbytes == 0
+
+
+@pytest.mark.slow
+def test_within_a_budget_a_report_tells_the_bound_and_what_more_would_gain() -> None:
+    def measured(budget: int) -> list[Report]:
+        sim.configure()
+        pipe = Small(width=2048, blocks=8)  # of 16 MiB, which take longer to copy than to compute
+        greenroom.enable_model_cpu_offload(pipe, device="sim", budget=budget)
+        made = []
+        for _ in range(3):
+            pipe(steps=4)
+            made.append(greenroom.report(pipe))
+        return made
+
+    first, _, later = measured(96 * MIB)
+    assert first.call.is_first and not later.call.is_first
+    for made in (first, later):
+        assert made.planned is not None and made.lower_bound_s is not None
+        known, start = made.planned, Start.IN_A_ROW if made is later else Start.EMPTY
+        bound = lower_bound(known.steps, known.sizes, known.usable_nbytes, known.costs, start)
+        assert made.lower_bound_s == bound.seconds
+        assert made.efficiency is not None and 0.5 < made.efficiency <= 1
+        assert f"efficiency {made.efficiency:.1%}: at least" in str(made)
+    outlook = later.outlook
+    assert outlook is not None and outlook.bound_by == "link" and outlook.gain > 0.2
+    (advice,) = [sentence for sentence in later.advice if "bound by the link" in sentence]
+    enough = smallest_for(outlook.enough_nbytes)
+    assert f"raise the budget to {enough}: {outlook.gain:.0%} left to gain" in advice
+    assert json.loads(json.dumps(later.to_dict()))["outlook"]["bound_by"] == "link"
+
+    *_, raised = measured(parse_bytes(enough.replace(" ", "")))
+    assert raised.call.seconds is not None and later.call.seconds is not None
+    gained = 1 - raised.call.seconds / later.call.seconds
+    assert gained == pytest.approx(outlook.gain, abs=0.05)
+    assert raised.outlook is not None and raised.outlook.bound_by == "compute"
+
+
+def test_a_call_that_failed_or_has_no_budget_has_no_bound() -> None:
+    pipe = Chain()
+    for options in ({}, {"budget": "1MiB"}):
+        greenroom.enable_model_cpu_offload(pipe, device="sim", **options)
+        pipe(torch.ones(2, 8))
+        assert (greenroom.report(pipe).efficiency is None) == (not options)
+        with pytest.raises(RuntimeError):
+            pipe(torch.ones(2, 5))
+        assert greenroom.report(pipe).lower_bound_s is None
+        assert greenroom.report(pipe).to_dict()["outlook"] is None
 
 
 def test_what_was_never_offloaded_or_called_has_no_report() -> None:

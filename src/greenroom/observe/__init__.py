@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .account import PartFacts, Report, make_report
+from .events import Call
 
 __all__ = ["Report", "report", "write_picture", "write_timeline"]
 
@@ -50,12 +51,28 @@ def report(pipe: Any, call: int = -1) -> Report:
                 store = part.store
                 parts[part.key] = PartFacts(name, store.nbytes, store.pinned_nbytes)
         found = state.engine.log.read(state, parts, call)
+        planned = None
+        if state.within is not None and found is not None and found.budget is not None:
+            kind = state.engine.log.kind_of(state, parts, call)
+            planned = state.within.known.planned(kind, found.budget, _fastest_copy(found))
     if found is None:
         raise UsageError(
             f"the log has no call {call} of this {type(pipe).__name__}: it keeps the last four of "
             f"{state.engine.device}"
         )
-    return make_report(found, parts)
+    return make_report(found, parts, planned)
+
+
+def _fastest_copy(call: Call) -> float:
+    """The most bytes per second that a copy to the device was seen to go at."""
+    return max(
+        (
+            up.nbytes / (up.ended_s - up.began_s)
+            for up in call.onloads
+            if up.began_s is not None and up.ended_s is not None and up.ended_s > up.began_s
+        ),
+        default=0.0,
+    )
 
 
 def write_picture(what: Any | Report | Mapping[str, Report], path: str | os.PathLike[str]) -> None:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..core.bound import Start
+from ..core.outlook import Outlook, Planned, start_of
 from ..core.units import format_bytes
+from ..grant import smallest_for
 from .events import Call
 from .story import OTHERS, Story, story_of
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 _NOTEWORTHY = 0.05  # of a call's time, or of a budget
+_LEAST_GAIN = 0.01  # of a call's time
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,9 @@ class Report:
         call: what happened, event by event; its `seconds`, `budget`, `outcome` and peak.
         components: the pipeline's, in its order; what was there of others comes last.
         total: the sum of them.
-        lower_bound_s: the least that any order of copies could have taken; None if not computed.
+        lower_bound_s: the least that any order of copies could have taken within the budget; None
+            without one, and where the call was not as those like it.
+        planned: what is known of calls like it, within a budget.
     """
 
     call: Call
@@ -87,6 +93,15 @@ class Report:
     total: ComponentReport
     component_of: Mapping[str, str] = dataclasses.field(default_factory=dict, repr=False)
     lower_bound_s: float | None = None
+    planned: Planned | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def outlook(self) -> Outlook | None:
+        """What later calls like it are bound by, and what a larger budget would gain.
+
+        It is simulated when somebody first asks, which for a large pipeline takes a second or two.
+        """
+        return None if self.planned is None else self.planned.outlook
 
     @property
     def efficiency(self) -> float | None:
@@ -117,6 +132,7 @@ class Report:
             "resident_nbytes": sum(self.call.resident.values()),
             "lower_bound_s": self.lower_bound_s,
             "efficiency": self.efficiency,
+            "outlook": _plain(self.outlook),
             "total": dataclasses.asdict(self.total),
             "components": [dataclasses.asdict(component) for component in self.components],
             "advice": list(self.advice),
@@ -140,8 +156,10 @@ class Report:
         return f"<pre style='line-height: 1.2'>{escape(str(self))}</pre>"
 
 
-def make_report(call: Call, parts: Mapping[str, PartFacts]) -> Report:
-    """The report of a call of the pipeline that has these parts."""
+def make_report(
+    call: Call, parts: Mapping[str, PartFacts], planned: Planned | None = None
+) -> Report:
+    """The report of a call of the pipeline that has these parts; `planned` is of calls like it."""
     component_of = {part: facts.component for part, facts in parts.items()}
     found: dict[str, dict[str, Any]] = {}
 
@@ -173,7 +191,25 @@ def make_report(call: Call, parts: Mapping[str, PartFacts]) -> Report:
         ComponentReport(name, row.pop("nbytes", 0), **row)
         for name, row in sorted(found.items(), key=lambda item: item[0] == OTHERS)
     )
-    return Report(call, rows, _sum(rows), component_of)
+    total = _sum(rows)
+    if planned is None or call.seconds is None or call.outcome != "returned":
+        return Report(call, rows, total, component_of)
+    planned = planned.within(total.compute_s)
+    return Report(call, rows, total, component_of, _bound_s(call, call.seconds, planned), planned)
+
+
+def _bound_s(call: Call, seconds: float, planned: Planned) -> float:
+    needed = list(dict.fromkeys(name for step in planned.steps for name in step.needs))
+    bound = planned.bound_s(start_of(call.resident, needed, is_first=call.is_first))
+    if bound > seconds:  # there was time before it, in which weights came
+        bound = planned.bound_s(Start.RESTED)
+    return min(bound, seconds)
+
+
+def _plain(outlook: Outlook | None) -> dict[str, Any] | None:
+    if outlook is None:
+        return None
+    return {**dataclasses.asdict(outlook), "bound_by": outlook.bound_by}
 
 
 def _sum(rows: Sequence[ComponentReport]) -> ComponentReport:
@@ -224,10 +260,23 @@ def _advice(report: Report) -> list[str]:
             )
         elif spare > _NOTEWORTHY * call.budget and total.h2d_nbytes:
             found.append(f"{format_bytes(spare)} of the budget were never in use.")
+    if report.outlook is not None:
+        found.append(_on_outlook(report.outlook))
+        return found
     needed = _enough_for_all(report)
     if needed is not None and total.h2d_nbytes:
         found.append(f"A budget of {format_bytes(needed)} would hold all weights.")
     return found
+
+
+def _on_outlook(outlook: Outlook) -> str:
+    if outlook.bound_by == "compute":
+        return "As planned, calls like it are bound by compute: a larger budget gains nothing."
+    said = "As planned, calls like it are bound by the link"
+    if outlook.gain < _LEAST_GAIN:
+        return f"{said}, and a larger budget gains nothing that counts."
+    enough = smallest_for(outlook.enough_nbytes)
+    return f"{said}: raise the budget to {enough}: {outlook.gain:.0%} left to gain."
 
 
 def _enough_for_all(report: Report) -> int | None:

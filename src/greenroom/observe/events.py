@@ -120,6 +120,7 @@ class Call:
         peak_s: when that began to run.
         events: what happened, in the order in which it was asked for.
         missed: how many more events there were, which the log had no room for.
+        is_first: no call like it was known, so that it was measured, for later ones to be planned.
     """
 
     pipeline: str
@@ -133,6 +134,7 @@ class Call:
     peak_s: float | None = None
     events: tuple[Event, ...] = ()
     missed: int = 0
+    is_first: bool = False
 
     @property
     def runs(self) -> tuple[Ran, ...]:

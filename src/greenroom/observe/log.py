@@ -18,7 +18,7 @@ from __future__ import annotations
 import collections
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +76,7 @@ class _Move:
         began, ended = map(clock, self.times)
         if self.kind is Offloaded and began is not None and ended is not None:
             began = min(began, ended)  # it was free before the device came to what had been queued
-        return self.kind(*self.values, began, ended, self.cause)
+        return self.kind(*(*self.values, began, ended, self.cause))
 
 
 @dataclass(eq=False)
@@ -88,13 +88,14 @@ class _Raw:
     budget: int | None
     began: Any
     resident: dict[str, int]
+    kind: Hashable = None
     entries: list[_Run | _Move] = field(default_factory=list)
     missed: int = 0
     returned: Any = None
     returned_at: int | None = None  # as many entries were noted before
     outcome: str = "running"
     peak: tuple[int, _Run] | None = None
-    is_by_step: bool = False  # somebody else measures the memory that each step takes
+    is_by_step: bool = False  # it is learned: others measure the memory that each step takes
 
     @property
     def is_outside(self) -> bool:
@@ -135,11 +136,17 @@ class Log:
 
     # ---- a call
 
-    def begin(self, pipeline: str, owner: object, budget: int | None) -> None:
-        """A pipeline's call begins. `owner` tells one pipeline from another."""
+    def begin(
+        self, pipeline: str, owner: object, budget: int | None, kind: Hashable = None
+    ) -> None:
+        """A pipeline's call begins. `owner` tells one pipeline from another.
+
+        `kind` is what calls within a budget have in common that are planned alike.
+        """
         within = "without a budget" if budget is None else f"within {budget} bytes"
         logger.debug("a call of %s begins, %s", pipeline, within)
         self._open = self._begun(pipeline, weakref.ref(owner), budget)
+        self._open.kind = kind
         self.because("another call begins")
         self._backend.newest_peak()
 
@@ -308,6 +315,18 @@ class Log:
             parts: that the pipeline has; of what ran outside of calls, one of these must have.
             which: -1 for the last, -2 for the one before.
         """
+        call = self._find(owner, parts, which)
+        if call is None:
+            return None
+        self._backend.synchronize()
+        return _read(call, str(self._backend.device))
+
+    def kind_of(self, owner: object, parts: Iterable[str], which: int = -1) -> Hashable:
+        """The kind of the call that `read` gives; None if it has none."""
+        call = self._find(owner, parts, which)
+        return None if call is None else call.kind
+
+    def _find(self, owner: object, parts: Iterable[str], which: int) -> _Raw | None:
         known = set(parts)
         found = [
             call
@@ -316,11 +335,9 @@ class Log:
             or (call.is_outside and any(run.part in known for run in call.runs))
         ]
         try:
-            call = found[which]
+            return found[which]
         except IndexError:
             return None
-        self._backend.synchronize()
-        return _read(call, str(self._backend.device))
 
     def _call(self) -> _Raw:
         if self._open is not None:
@@ -383,6 +400,7 @@ def _read(call: _Raw, device: str) -> Call:
         clock(run.began) if run is not None else None,
         tuple(reversed(events)),
         call.missed,
+        call.is_by_step,
     )
 
 
