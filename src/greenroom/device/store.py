@@ -27,6 +27,7 @@ from torch import nn
 from ..errors import WeightsError
 from .backend import Backend
 from .digest import digest_of, has_same_values
+from .labels import label
 from .layout import Home, Layout, Origin, Piece, Segment, is_same_kind, is_same_place, view_of
 from .opaque import Opaque, as_memory
 from .walk import Held, is_plain, version_of, walk, why_valueless
@@ -161,7 +162,7 @@ class WeightStore:
         Raises:
             as `onload`.
         """
-        with as_memory():
+        with label("onload", self.name), as_memory():
             tensors = self.lay_out()
             while settles and (segment := self.next_to_settle) is not None:
                 self.settle(segment)
@@ -195,7 +196,8 @@ class WeightStore:
             self.offload()  # it was cast, or replaced, meanwhile: what was sent is of no use
             self.send()
         with as_memory():
-            self.backend.transfer.wait(self._mark)
+            with label("wait", self.name):
+                self.backend.transfer.wait(self._mark)
             changed: dict[int, Segment] = {}
             for tensor, version, sent in self._coming:
                 home = self._layout.homes[id(tensor)]
@@ -292,7 +294,7 @@ class WeightStore:
             How many bytes had to be copied home.
         """
         copied = 0
-        with as_memory():
+        with label("offload", self.name), as_memory():
             if not self.is_here:  # nobody has used what is on its way
                 self._coming, self._away = [], []
             residents = {id(resident.tensor): resident for resident in self._residents}
@@ -360,7 +362,7 @@ class WeightStore:
             if version_of(r.tensor) != r.version and is_same_place(r.tensor, r.moved)
         }
         if differs is not None:
-            with self.backend.transfer.checked():
+            with label("wait", self.name), self.backend.transfer.checked():
                 found = differs.tolist()
             changed |= {id(s) for s, differ in zip(watched, found, strict=True) if differ}
         return [s for s in self.segments if s.device is not None and id(s) in changed]
