@@ -185,6 +185,82 @@ def demo(
     raise typer.Exit(0 if report.is_sound else 1)
 
 
+@app.command(short_help="Measure a pipeline in every way of offloading, side by side.")
+def bench(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL_DIR", help="A folder with a diffusers pipeline.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(metavar="PROMPT", help="What to ask it; else the demo's.")
+    ] = None,
+    device: Device = None,
+    simulate: Simulate = None,
+    capacity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BYTES", help="The simulated device's memory, e.g. \"8GiB\". Else the card's."
+        ),
+    ] = None,
+    budget: Annotated[
+        str,
+        typer.Option(
+            metavar="BYTES",
+            help='Device memory for greenroom\'s last way: "12GiB", "80%" of the device\'s, or '
+            "auto: what is free.",
+        ),
+    ] = "auto",
+    calls: Annotated[int, typer.Option(min=1, help="How often to ask in each way.")] = 2,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    size: Annotated[
+        str | None, typer.Option(metavar="WxH", help="Width and height, e.g. 512x512.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="Any other argument of the pipeline's call, e.g. guidance_scale=3.5. Repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float16, bfloat16, float32, or auto: what the weights are stored in, and "
+            "float32 for float16 on the simulator, whose kernels are the CPU's."
+        ),
+    ] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure a pipeline in every way of offloading, side by side.
+
+    All of it on the device, if it fits; diffusers' model offload, sequential offload, and group
+    offload with a stream, by blocks and by leaves; greenroom one component at a time, and within a
+    budget. Each way gets a pipeline of its own, the same prompt and the same random numbers, and
+    all answers must be the same to the bit. A way that does not fit, or one of diffusers' that
+    fails, is told, and the others go on. Nothing is written, and what greenroom learned of such
+    calls before is not used.
+    """
+    with _sentences():
+        from . import jobs
+
+        asked = {} if prompt is None else {"prompt": prompt}
+        report = jobs.bench(
+            model,
+            **asked,
+            device=device,
+            simulate=simulate,
+            capacity=capacity,
+            budget=budget,
+            dtype=dtype,
+            seed=seed,
+            settings=jobs.call_settings(steps, size, None, None, settings or ()),
+            calls=calls,
+        )
+    report.print(as_json=as_json)
+    raise typer.Exit(0 if report.is_sound else 1)
+
+
 @app.command(short_help="Predict whether a pipeline runs within a budget, and how fast.")
 def plan(
     model: Annotated[

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from .answer import Answer
-from .errors import UsageError
+from .errors import BudgetTooSmall, UsageError
 from .pipeline import enable_model_cpu_offload
 from .place import Place
 from .question import Question
@@ -41,6 +41,7 @@ TWO_WAYS: Mapping[str, Way] = {MODEL_OFFLOAD: _diffusers, GREENROOM: _greenroom}
 class Row:
     """What one way of running the pipeline cost. What a device does not tell is None.
 
+    fits: whether there was memory enough; None if it failed for another reason.
     enable_seconds: what turning it on took, loading onto the device or page-locking included.
     call_seconds: of each call, in order.
     peak_bytes: the most device memory in use during any of the calls.
@@ -48,10 +49,11 @@ class Row:
     races: found while enabling and during all calls.
     same_output: all its answers are those of the first way that fits, to the bit; None where there
         is nothing to compare.
+    reason: why it has no answer, if there is more to say than that the device was full.
     """
 
     way: str
-    fits: bool
+    fits: bool | None
     enable_seconds: float | None = None
     call_seconds: tuple[float, ...] = ()
     peak_bytes: int | None = None
@@ -59,6 +61,7 @@ class Row:
     d2h_bytes: int | None = None
     races: int | None = None
     same_output: bool | None = None
+    reason: str | None = None
 
     @property
     def is_sound(self) -> bool:
@@ -78,10 +81,12 @@ def compare(
     *,
     calls: int | Mapping[str, int] = 1,
     watch: Callable[[str, Any], None] | None = None,
+    may_fail: Container[str] = (),
 ) -> Iterator[tuple[Row, Answer | None]]:
     """Put the question in each way, to a pipeline of its own; rows come with the last answer.
 
-    A way whose weights or activations do not fit into the device's memory gets no answer.
+    A way whose weights or activations do not fit into the device's memory, or into its budget, gets
+    no answer.
 
     Args:
         ways: by name, in order.
@@ -90,6 +95,7 @@ def compare(
         place: where.
         calls: how often each pipeline is asked; or by the ways' names, once where one is missing.
         watch: is given each way's name, and the pipeline that has answered in it.
+        may_fail: ways that this pipeline may be unfit for: an error of theirs is told in their row.
     """
     reference: Answer | None = None
     for name, enable in ways.items():
@@ -101,10 +107,8 @@ def compare(
             row, answers = _measure(name, enable, pipe, question, place, times)
             if watch is not None:
                 watch(name, pipe)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            row, answers = Row(name, fits=False), []
+        except Exception as error:
+            row, answers = _without_answer(name, error, may_fail=name in may_fail), []
         del pipe
         gc.collect()  # a pipeline and its hooks hold each other
         if answers:
@@ -113,6 +117,18 @@ def compare(
             if not (is_first and is_same):  # of the first, that it is itself says nothing
                 row = replace(row, same_output=is_same)
         yield row, answers[-1] if answers else None
+
+
+def _without_answer(name: str, error: Exception, *, may_fail: bool) -> Row:
+    """The row of a way that has raised; or raise, if it is none that is told in a row."""
+    if isinstance(error, BudgetTooSmall):
+        return Row(name, fits=False, reason=str(error))
+    if is_out_of_memory(error):
+        return Row(name, fits=False)
+    if not may_fail or isinstance(error, UsageError):
+        raise error
+    reason = " ".join(str(error).split())
+    return Row(name, fits=None, reason=f"{type(error).__name__}: {reason}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from .compare import GREENROOM, TWO_WAYS, Way
-from .pipeline import enable_model_cpu_offload
+from .ways import FINER, INCUMBENTS, RESIDENT, within
 from .zoo.shapes import SHAPES
 
 PROMPT = "a green triangle left of a red square"
@@ -31,38 +29,14 @@ CAPACITY = 20 * 2**20
 BUDGET = 14 * 2**20
 
 
-def _resident(pipe: Any, device: torch.device) -> None:
-    pipe.to(device)
-
-
-def _sequential(pipe: Any, device: torch.device) -> None:
-    pipe.enable_sequential_cpu_offload(device=device)
-
-
-def _blocks(pipe: Any, device: torch.device) -> None:
-    pipe.enable_group_offload(
-        onload_device=device, offload_type="block_level", num_blocks_per_group=1, use_stream=True
-    )
-
-
-def _leaves(pipe: Any, device: torch.device) -> None:
-    pipe.enable_group_offload(onload_device=device, offload_type="leaf_level", use_stream=True)
-
-
-def _within_budget(pipe: Any, device: torch.device) -> None:
-    enable_model_cpu_offload(pipe, device=device, budget=BUDGET)
-
-
 WITHIN_BUDGET = f"greenroom, {BUDGET // 2**20} MiB"
 
 #: All of it on the device; diffusers' ways; greenroom's.
 WAYS: Mapping[str, Way] = {
-    "resident": _resident,
-    "sequential offload": _sequential,
-    "group offload, blocks": _blocks,
-    "group offload, leaves": _leaves,
+    RESIDENT: INCUMBENTS[RESIDENT],
+    **FINER,
     **TWO_WAYS,
-    WITHIN_BUDGET: _within_budget,
+    WITHIN_BUDGET: within(BUDGET),
 }
 
 #: What the picture of device memory shows, by title. The ways are greenroom's, which keeps a log.

@@ -1,4 +1,4 @@
-"""What the commands `run` and `demo` do: a prompt, answered in several ways, and a report."""
+"""What the commands do that ask a pipeline something, in several ways: an answer, and a report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,12 @@ from .answer import Answer, check_output
 from .compare import GREENROOM, TWO_WAYS, Row, Way, compare
 from .core.units import format_bytes
 from .errors import UsageError
+from .grant import AUTO, read_budget
 from .model_folder import DTYPES, ModelFolder, component_sizes, open_folder
 from .place import DEFAULT_PROFILE, Place, capacities, find_place
 from .question import Question
 from .traces import keeping_none
+from .ways import INCUMBENTS, side_by_side
 
 if TYPE_CHECKING:
     from .forecast import Forecast
@@ -47,7 +49,7 @@ class Report:
     @property
     def is_sound(self) -> bool:
         """Whether greenroom answered, and nothing speaks against any answer."""
-        return all(row.is_sound for row in self.rows) and self.rows[-1].fits
+        return all(row.is_sound for row in self.rows) and self.rows[-1].fits is True
 
     def print(self, *, as_json: bool) -> None:
         """Print it on standard output."""
@@ -96,48 +98,103 @@ def run(
     """
     _quieten()
     check_output(output or Path("picture.png"))
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"there is no dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
-    folder = open_folder(model)
     question = Question(prompt, seed, settings or {})
-    question.check(folder.pipeline_class)
-    place = find_place(device, simulate, capacity)
-    chosen = DTYPES.get(dtype) or _dtype_for(place, folder)
+    subject = _look_into(model, question, device, simulate, capacity, dtype)
+    place, sizes, name = subject.place, subject.sizes, subject.name
+    ways = TWO_WAYS if compares else {GREENROOM: TWO_WAYS[GREENROOM]}
+    chooses = place.is_simulated and capacity is None
+    for tried in _with_capacities(place, sizes) if chooses else (place,):
+        rows, answers = _answer(ways, subject.load, question, tried, calls, must_fit=chooses)
+        if rows[-1].fits:
+            break
+    if not rows[-1].fits:
+        _say(f"greenroom: out of memory: {name} does not run on {tried}. {_advice(tried)}")
+    return _report(subject, tried, rows, _write(rows, answers, output))
 
-    name = folder.pipeline_class.__name__
-    _say(f"loading {name} in {_name(chosen)} from {model}")
-    first = folder.load(chosen)
-    sizes = component_sizes(first)
-    spare = [first]
-    del first
 
-    def load() -> Any:
-        pipe = spare.pop() if spare else folder.load(chosen)
+def bench(
+    model: Path,
+    prompt: str = _demo.PROMPT,
+    *,
+    device: str | None = None,
+    simulate: str | None = None,
+    capacity: str | None = None,
+    budget: str = AUTO,
+    dtype: str = "auto",
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    calls: int = 2,
+) -> Report:
+    """Measure the pipeline in a folder in every way. The arguments are those of the command.
+
+    Raises:
+        UsageError: what was asked cannot be.
+        LoadError, SimulatorBuildError, OSError: what was asked did not come out.
+    """
+    _quieten()
+    read_budget(budget, 2**60)  # before anything is loaded
+    question = Question(prompt, seed, settings or {})
+    subject = _look_into(model, question, device, simulate, capacity, dtype)
+    ways = side_by_side(budget)
+    with keeping_none():  # so that the first call is one each time
+        rows, _ = _answer(ways, subject.load, question, subject.place, calls, may_fail=INCUMBENTS)
+    if not rows[-1].fits:
+        why = rows[-1].reason or f"out of memory. {_advice(subject.place)}"
+        _say(f"greenroom: {subject.name} does not run within {budget}: {why}")
+    return _report(subject, subject.place, rows, [])
+
+
+@dataclass
+class _Subject:
+    """A pipeline's folder that was looked into, with what is to be measured on which device."""
+
+    folder: ModelFolder
+    place: Place
+    dtype: torch.dtype
+    sizes: Mapping[str, int]
+    spare: list[Any]  # it has been loaded once
+
+    @property
+    def name(self) -> str:
+        return self.folder.pipeline_class.__name__
+
+    def load(self) -> Any:
+        """The pipeline, in host memory."""
+        pipe = self.spare.pop() if self.spare else self.folder.load(self.dtype)
         pipe.set_progress_bar_config(disable=None)  # shown where there is somebody to see it
         return pipe
 
+
+def _look_into(
+    model: Path,
+    question: Question,
+    device: str | None,
+    simulate: str | None,
+    capacity: str | None,
+    dtype: str,
+) -> _Subject:
+    """Load the pipeline in a folder, if it can be asked this; say how large it is."""
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"there is no dtype {dtype!r}; choose auto, {', '.join(DTYPES)}")
+    folder = open_folder(model)
+    question.check(folder.pipeline_class)
+    place = find_place(device, simulate, capacity)
+    chosen = DTYPES.get(dtype) or _dtype_for(place, folder)
+    _say(f"loading {folder.pipeline_class.__name__} in {_name(chosen)} from {model}")
+    first = folder.load(chosen)
+    sizes = component_sizes(first)
     largest = max(sizes, key=sizes.__getitem__)
     _say(
         f"its weights are {format_bytes(sum(sizes.values()))}, its largest component is {largest} "
         f"with {format_bytes(sizes[largest])}"
     )
-    ways = TWO_WAYS if compares else {GREENROOM: TWO_WAYS[GREENROOM]}
-    chooses = place.is_simulated and capacity is None
-    for tried in _with_capacities(place, sizes) if chooses else (place,):
-        rows, answers = _answer(ways, load, question, tried, calls, must_fit=chooses)
-        if rows[-1].fits:
-            break
-    if not rows[-1].fits:
-        _say(f"greenroom: out of memory: {name} does not run on {tried}. {_advice(tried)}")
-    return Report(
-        f"{name}, {format_bytes(sum(sizes.values()))} in {_name(chosen)}, on {tried}",
-        name,
-        tried,
-        chosen,
-        sum(sizes.values()),
-        rows,
-        _write(rows, answers, output),
-    )
+    return _Subject(folder, place, chosen, sizes, [first])
+
+
+def _report(subject: _Subject, place: Place, rows: Sequence[Row], files: Sequence[Path]) -> Report:
+    nbytes = sum(subject.sizes.values())
+    title = f"{subject.name}, {format_bytes(nbytes)} in {_name(subject.dtype)}, on {place}"
+    return Report(title, subject.name, place, subject.dtype, nbytes, rows, files)
 
 
 def demo(
@@ -331,15 +388,18 @@ def _answer(
     *,
     must_fit: bool = False,
     watch: Callable[[str, Any], None] | None = None,
+    may_fail: Container[str] = (),
 ) -> tuple[list[Row], list[Answer | None]]:
     """Put the question in each way; if all must fit, no further than the first that does not."""
     _say(f"running it on {place}")
     rows: list[Row] = []
     answers: list[Answer | None] = []
-    for row, answer in compare(ways, load, question, place, calls=calls, watch=watch):
+    found = compare(ways, load, question, place, calls=calls, watch=watch, may_fail=may_fail)
+    for row, answer in found:
         rows.append(row)
         answers.append(answer)
-        _say(f"  {len(rows)}/{len(ways)} {row.way}{'' if row.fits else ': does not fit'}")
+        outcome = "" if row.fits else f": {row.reason or 'does not fit'}"
+        _say(f"  {len(rows)}/{len(ways)} {row.way}{outcome}")
         if must_fit and not row.fits:
             break
     return rows, answers

@@ -38,7 +38,8 @@ def print_rows(rows: Sequence[Row], title: str, *, are_virtual: bool) -> None:
 def cells(row: Row, calls: int = 1) -> list[str]:
     """The row's cells after its name, in a table with so many columns for calls."""
     if not row.fits:
-        return [_ABSENT, *[_ABSENT] * calls, "does not fit", *[_ABSENT] * 4]
+        why = "fails" if row.fits is None else "does not fit"
+        return [_ABSENT, *[_ABSENT] * calls, why, *[_ABSENT] * 4]
     seconds = [_seconds(spent) for spent in row.call_seconds]
     sizes = (row.peak_bytes, row.h2d_bytes, row.d2h_bytes)
     return [
