@@ -20,7 +20,8 @@ from .trace import Step, sizes_of
 
 _CALLS = 3  # in a row: the third begins as all later ones do
 _NEAR = 0.01  # of a call
-_TRIES = 6  # plans that are made to find a budget: to a sixty-fourth of what is missing
+_WORTH = 2 * _NEAR  # below that there is no point in a search
+_TRIES = 5  # plans that are made to find a budget: to a thirty-second of what is missing
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Outlook:
         later_s: seconds of a later call, as it is planned.
         stalled_s: of them, the device waits for weights.
         enough_nbytes: the smallest budget found whose planned call takes at most a hundredth longer
-            than it computes; this one if it does already.
+            than it computes; this one if there is less than two hundredths to gain.
         gain: the share of `later_s` that such a budget would save.
     """
 
@@ -78,7 +79,7 @@ class Planned:
         """What more memory would gain: some plans' work to tell."""
         now = self._later(self.usable_nbytes)
         best, enough = now, self.usable_nbytes
-        if not _is_near(now):
+        if now.stalled_s > _WORTH * now.seconds:
             beside = max((step.beside_nbytes or 0 for step in self.steps), default=0)
             enough = max(enough, sizes_of(self.steps, self.sizes) + beside)
             best, enough = self._smallest(self.usable_nbytes, enough)

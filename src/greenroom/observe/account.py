@@ -99,7 +99,7 @@ class Report:
     def outlook(self) -> Outlook | None:
         """What later calls like it are bound by, and what a larger budget would gain.
 
-        It is simulated when somebody first asks, which for a large pipeline takes a second or two.
+        It is simulated when somebody first asks, which for a large pipeline takes some seconds.
         """
         return None if self.planned is None else self.planned.outlook
 
