@@ -34,7 +34,7 @@ demo: compiler $(INSTALLED) ## show greenroom at work, without a GPU
 # One process for each core, of one thread each: the models in the tests are so small that OpenMP's
 # waiting threads cost far more time than they save.
 test: compiler $(INSTALLED) ## run the whole test suite; ARGS="-k name" picks
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: compiler $(INSTALLED) ## run the tests that need a CUDA device
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m gpu $(ARGS)

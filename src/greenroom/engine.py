@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed, Onload
-from .core.pinning import PinningAllowance
+from .core.pinning import LOCKED_IN_PLACE, PinningAllowance
 from .core.trace import Step
 from .core.units import format_bytes
 from .device.backend import Backend
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("greenroom")
 
-# Segments that are page-locked after a forward: host work of about 0.1 s, which must not outlast
-# what the device has queued.
-_SETTLE_AT_ONCE = 3
+# Bytes that are gathered and page-locked after a forward: host work of about 0.1 s, which must not
+# outlast what the device has queued. What is locked in place is not gathered.
+_SETTLE_AT_ONCE = 192 * 2**20
 
 
 def _nobody() -> None:
@@ -332,22 +332,22 @@ class Engine:
         if self._is_settled:
             return
         unsettled = self._unsettled()
-        for _ in range(_SETTLE_AT_ONCE):
-            if not self.backend.is_busy():
-                return
+        left = float(_SETTLE_AT_ONCE)
+        while left > 0 and self.backend.is_busy():
             found = next(unsettled, None)
             if found is None:
                 self._is_settled = True
                 return
             part, segment = found
             part.store.settle(segment)
+            left -= segment.nbytes * (LOCKED_IN_PLACE if segment.may_stay else 1)
 
     def _settle_what_was_saved(self) -> None:
         """Page-lock as many host weights as the call has saved the time for."""
-        left = self._pinning.take()
+        left: float = self._pinning.take()
         with tqdm(desc="page-locking weights", unit="B", unit_scale=True, delay=1) as bar:
             for part, segment in self._unsettled():
-                left -= segment.nbytes
+                left -= segment.nbytes * (LOCKED_IN_PLACE if segment.may_stay else 1)
                 if left < 0:
                     return
                 part.store.settle(segment)

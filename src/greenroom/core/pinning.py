@@ -13,6 +13,8 @@ from dataclasses import dataclass
 # Gathering (10 GB/s) and locking (3.2 GB/s, cudaHostRegister on one thread) a byte take 4.6 times
 # as long as copying it home to pageable memory (11 GB/s on PCIe 4.0; elsewhere it is slower).
 _BYTES_SAVED_FOR_ONE_LOCKED = 5
+#: What locking a byte where it lies takes of that: nothing is gathered.
+LOCKED_IN_PLACE = 0.75
 
 
 @dataclass

@@ -61,6 +61,11 @@ class Segment:
     digest_is_of: object = None  # what `WeightStore.send` was told when it was taken
 
     @property
+    def may_stay(self) -> bool:
+        """Whether it can be page-locked where it lies."""
+        return len(self.pieces) == 1 and self.pieces[0].is_alone
+
+    @property
     def watched(self) -> torch.Tensor:
         """The bytes on the device that a digest is taken of: those that were copied there.
 

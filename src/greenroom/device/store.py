@@ -421,8 +421,7 @@ class WeightStore:
         so that host memory does not grow by more than a segment.
         """
         with as_memory():
-            (first, *others) = segment.pieces
-            if not others and first.is_alone and self._pin(segment, first.host):
+            if segment.may_stay and self._pin(segment, segment.pieces[0].host):
                 segment.is_in_place = True
                 return
             slab = _host_slab(segment.nbytes)
