@@ -8,6 +8,7 @@ no way can do better is computed for each budget, see `greenroom.core.bound`.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import time
@@ -431,11 +432,25 @@ def main() -> None:
         "real_s": time.monotonic() - begun,
         "tables": results,
     }
-    # A part of the tables is no result to keep beside the others.
+    # A part of the tables is no result to keep beside the others, unless that is asked for.
     is_part = options.only or options.ways or options.budgets
     out = options.out or (None if is_part else RESULTS / "budget.json")
     if out is not None:
-        write(out, result)
+        write(out, merged(json.loads(out.read_text()), result) if out.exists() else result)
+
+
+def merged(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """A result with the tables of another one that it lacks; of the same versions."""
+
+    def key(table: dict[str, Any]) -> tuple[str, str]:
+        return table["shape"], table["machine"]["name"]
+
+    if before["versions"] != found["versions"]:
+        return found
+    new = {key(table) for table in found["tables"]}
+    kept = [table for table in before["tables"] if key(table) not in new]
+    real_s = before["real_s"] + found["real_s"]
+    return {**found, "real_s": real_s, "tables": [*kept, *found["tables"]]}
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ class Engine:
             self.machine.add(key, in_sequence=in_sequence)
             for other in kin:
                 self.machine.make_kin(key, other)
+                part.kin = (*part.kin, other)
+                self._parts[other].kin = (*self._parts[other].kin, key)
             # Garbage is collected in any thread, at any moment: what went is noted, and no more.
             weakref.finalize(part, self._dropped.append, key).atexit = False
             return key

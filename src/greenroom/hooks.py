@@ -73,6 +73,7 @@ class Part:
         self._unwraps: list[Callable[[], None]] = []
         self.doors: Sequence[nn.Module] = ()
         self.has_entrances = bool(entrances)
+        self.kin: tuple[str, ...] = ()  # keys of parts that share weights with it
         self._entrances = {id(module) for module in entrances}
         self._bells: list[torch.utils.hooks.RemovableHandle] = []
         self._hung: Sequence[nn.Module] | None = None

@@ -15,6 +15,9 @@ _USUAL_STEP_S = 0.01  # until the step was measured
 _ALWAYS_FLYING = 128 * 2**20  # bytes: 5 ms on PCIe 4.0, which a host may be away
 
 
+_MOST_RUNNING = 4096  # steps that a host may be ahead
+
+
 class Outbox:
     """What is still to be sent, in order; what is on its way; and what the device works on."""
 
@@ -22,7 +25,8 @@ class Outbox:
         self._backend = backend
         self._part = part
         self._unsent: deque[str] = deque()
-        self._running: deque[tuple[Any, float]] = deque()  # steps: begun at this event, seconds
+        #: Steps: begun at this event, seconds.
+        self._running: deque[tuple[Any, float]] = deque(maxlen=_MOST_RUNNING)
         self._flying: deque[tuple[Any, int]] = deque()  # copies: over at this event, bytes
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:

@@ -242,7 +242,8 @@ class Offloading:
             ),
             pipeline=type(pipe).__name__,
             owner=self,
-            is_watched=any(map(callable, [*args, *kwargs.values()])),
+            is_watched=not _diffusers.is_of_diffusers(pipe)
+            or _has_callable([*args, *kwargs.values()]),
         )
 
     def _steps(self, pipe: Any, kwargs: Mapping[str, Any]) -> list[Step]:
@@ -473,6 +474,20 @@ def _require_accelerate() -> None:
 # ---------------------------------------------------------------------------
 
 
+#: Arguments of diffusers' pipelines that say how many of the steps are done.
+_SHARES_OF_STEPS = ("strength", "denoising_start", "denoising_end")
+
+
+def _has_callable(values: Iterable[Any]) -> bool:
+    """Whether any of the values, or of those in lists and mappings among them, can be called."""
+    return any(
+        callable(value)
+        or (isinstance(value, (list, tuple)) and _has_callable(value))
+        or (isinstance(value, Mapping) and _has_callable(value.values()))
+        for value in values
+    )
+
+
 def _kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """What calls have in common that take the same steps: numbers, shapes, and which are given.
 
@@ -480,7 +495,9 @@ def _kind_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """
     found: list[Hashable] = []
     for name, value in [*enumerate(args), *sorted(kwargs.items())]:
-        if isinstance(value, (bool, int)):
+        if isinstance(name, str) and "seed" in name:
+            continue  # it changes values, not steps
+        if isinstance(value, (bool, int)) or name in _SHARES_OF_STEPS:
             found.append((name, value))
         elif isinstance(value, float):
             found.append((name, value > 1))  # guidance: beyond 1 there are two passes

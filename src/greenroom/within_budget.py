@@ -146,12 +146,15 @@ class WithinBudget:
     def _take_in_what_others_did(self) -> None:
         """Parts whose tensors were replaced since the last call, by a cast say, go home."""
         self._outbox.call_begins()
+        self._follow_stream()
+        self._send_replaced_home()
+
+    def _follow_stream(self) -> None:
+        """Whoever computes on another stream now comes after all that was done on the last one."""
         stream = self.engine.backend.current_stream()
         if self._stream is not None and stream != self._stream:
             stream.wait_stream(self._stream)
-            self.send_all_home()
         self._stream = stream
-        self._send_replaced_home()
 
     def _send_replaced_home(self) -> None:
         """Parts that use other memory than they were given go home: it is in no account."""
@@ -271,11 +274,11 @@ class WithinBudget:
 
     def need(self, part: Part, *, enters: bool) -> None:
         """A part is about to run."""
-        beside = part.beside.key if part.beside is not None else None
+        self._follow_stream()
         now = self._now
         if not enters and (
             part.key in self._inside
-            or (now is not None and now.part == part.key and now.held == self._held(beside))
+            or (now is not None and now.part == part.key and now.held == self._held(part))
         ):
             return
         if enters:
@@ -284,7 +287,7 @@ class WithinBudget:
             self._inside.append(part.key)
         if part.has_entrances and now is not None and now.part == part.key:
             return  # through another of its doors, one after the other
-        step = Step(part.key, self._held(beside), opens=enters)
+        step = Step(part.key, self._held(part), opens=enters)
         if self._recording is not None:
             self._finish_record(self._recording)
         if self.director is None:  # no pipeline's call, which would have an end: nothing is learned
@@ -348,10 +351,16 @@ class WithinBudget:
         for name in list(names):
             self.engine.part(name).arrive()
 
-    def _held(self, beside: str | None) -> tuple[str, ...]:
-        if beside is None or beside in self._inside:
-            return tuple(self._inside)
-        return (*self._inside, beside)
+    def _held(self, part: Part) -> tuple[str, ...]:
+        """What has to be there while a part runs, itself perhaps apart."""
+        held = tuple(self._inside)
+        if part.beside is not None and part.beside.key not in held:
+            held = (*held, part.beside.key)
+        # What brought a shared weight here first stays as long as it is needed.
+        return (*held, *(k for k in part.kin if k not in held and self._is_mine(k)))
+
+    def _is_mine(self, key: str) -> bool:
+        return self.engine.part(key).within is self
 
     # ---- carrying orders out
 

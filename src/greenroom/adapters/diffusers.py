@@ -23,6 +23,13 @@ def is_pipeline(pipe: Any) -> bool:
     return hasattr(pipe, "maybe_free_model_hooks") and hasattr(pipe, "components")
 
 
+def is_of_diffusers(pipe: Any) -> bool:
+    """Whether the code of its call is diffusers' own, which leaves weights alone."""
+    call = getattr(type(pipe), "__call__", None)  # noqa: B004
+    call = inspect.unwrap(call) if call is not None else None
+    return getattr(call, "__module__", "").partition(".")[0] == "diffusers"
+
+
 def component_names(pipe: Any) -> set[str]:
     """Names of components, also of those that are not there (None)."""
     components = getattr(pipe, "components", None)

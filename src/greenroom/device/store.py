@@ -132,6 +132,7 @@ class WeightStore:
             if home is None or home.segment.slab is None or is_same_place(tensor, home.master):
                 continue
             if is_same_kind(tensor, home.master):
+                home.segment.digest_is_of = None
                 home.master.copy_(tensor)
                 tensor.data = home.master
 
@@ -392,11 +393,13 @@ class WeightStore:
             home is not None
             and home.segment.device is not None
             and (tensor.shape, tensor.stride()) == (home.master.shape, home.master.stride())
-            and torch.equal(tensor.data, self._on_device(home).to(tensor.dtype))
+            and _is_cast_of(tensor.data, self._on_device(home))
         ):
             # It was cast on the device, and maybe back: so is what is at home.
             tensor.data = home.master.to(tensor.dtype)
             return 0
+        if home is not None:
+            home.segment.digest_is_of = None
         master = resident.master if resident is not None else None
         if master is not None and (master.dtype, master.shape) == (tensor.dtype, tensor.shape):
             master.copy_(tensor.data)
@@ -481,6 +484,23 @@ class WeightStore:
         moved = self._layout.move(targets)
         for resident in self._residents:
             resident.master = moved.get(id(resident.tensor), resident.master)
+
+
+def _is_cast_of(tensor: torch.Tensor, original: torch.Tensor) -> bool:
+    """Whether a tensor is another one in its own dtype; piece by piece, as room may be short."""
+    if not tensor.is_contiguous() or tensor.dtype == original.dtype:
+        pairs = [(tensor, original)]
+    else:
+        pairs = list(
+            zip(tensor.view(-1).split(_AT_ONCE), original.view(-1).split(_AT_ONCE), strict=True)
+        )
+    try:
+        return all(torch.equal(mine, theirs.to(mine.dtype)) for mine, theirs in pairs)
+    except torch.OutOfMemoryError:
+        return False  # nobody can tell: it is copied
+
+
+_AT_ONCE = 2**20  # elements
 
 
 def _is_known(segment: Segment, masters: object) -> bool:
