@@ -123,9 +123,9 @@ def refuse_if_exceeded(steps: Iterable[Step], sizes: Mapping[str, int], budget: 
         )
 
 
-#: Bytes that telling whether a part has changed takes for a moment: 4,099 sums of 8, twice. When
-#: that is depends on what else is on its way, so a step may take it in one call and not in another.
-_DIGESTS = 64 * 2**10
+#: Bytes that telling whether a small part has changed takes for a moment. When that is depends on
+#: what else is on its way, so a step may take it in one call and not in another.
+_DIGESTS = 8 * 2**10
 
 
 def smallest_for(nbytes: int) -> str:
