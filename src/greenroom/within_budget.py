@@ -82,6 +82,12 @@ class WithinBudget:
         """The steps that the last call was begun with, if no call like it had been seen."""
         return tuple(self._prior)
 
+    @property
+    def cast_nbytes(self) -> Mapping[str, int]:
+        """Of the plan's sizes, what parts take besides that were cast for their work."""
+        sizes = self.director.plan.sizes if self.director is not None else {}
+        return {name: n - self._before[name] for name, n in sizes.items() if name in self._before}
+
     def lock_memory(self) -> None:
         """Page-lock the weights of every part, so that no call has to."""
         parts = sorted(self._parts, key=lambda part: part.key)

@@ -59,7 +59,15 @@ def cut_of(within: WithinBudget) -> Cut:
     """The call that was measured last, with names as in a process that has no other pipeline."""
     assert within.director is not None
     plan = within.director.plan
-    return _renamed(Cut(min(within.divided_for, COARSEST), plan.sizes, plan.steps, within.expected))
+    return _renamed(
+        Cut(
+            min(within.divided_for, COARSEST),
+            plan.sizes,
+            plan.steps,
+            within.expected,
+            cast=within.cast_nbytes,
+        )
+    )
 
 
 def _dtype_of(pipe: Any) -> str:
@@ -91,4 +99,5 @@ def _renamed(cut: Cut) -> Cut:
     used = {name for step in cut.steps for name in step.needs}
     sizes = {short[name]: size for name, size in cut.sizes.items() if name in used}
     mine = [s for s in cut.expected if set(s.needs) <= used]
-    return Cut(cut.cut_to, sizes, renamed(cut.steps), renamed(tuple(mine)))
+    cast = {short[name]: nbytes for name, nbytes in cut.cast.items() if name in used}
+    return Cut(cut.cut_to, sizes, renamed(cut.steps), renamed(tuple(mine)), cast=cast)

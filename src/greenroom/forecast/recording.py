@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Cut:
     steps: tuple[Step, ...]
     expected: tuple[Step, ...] = ()
     outside_s: float = 0.0
+    cast: Mapping[str, int] = field(default_factory=dict)  # of sizes: what casts for work add
 
     @cached_property
     def least(self) -> int:

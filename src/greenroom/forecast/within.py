@@ -195,7 +195,7 @@ def _shares(cut: Cut, sent: Mapping[str, int]) -> tuple[Share, ...]:
         found.append(
             Share(
                 component,
-                sum(cut.sizes[name] for name in parts),
+                sum(cut.sizes[name] - cut.cast.get(name, 0) for name in parts),
                 sum(cut.sizes[name] for name in parts if name not in sent),
                 sum(sent.get(name, 0) for name in parts),
                 _forwards(mine),
