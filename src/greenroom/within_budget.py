@@ -22,6 +22,7 @@ from .core.expect import rest_of_call
 from .core.plan import Plan, make_plan
 from .core.trace import Step
 from .core.units import format_bytes
+from .device.reserve import Reserve
 from .errors import DeviceOutOfMemory
 from .grant import (
     AUTO,
@@ -70,6 +71,8 @@ class WithinBudget:
         self._call: object = None  # the pipeline's call that goes on
         self._stream: Any = None  # that calls run on
         self._outbox = Outbox(engine.backend, engine.part)
+        self._reserve = Reserve(engine.backend)
+        self._room = -1  # bytes for weights in the phase that runs
         self._recording: Recording | None = None  # while a call is learned
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
         #: Bytes that were copied home because they had changed, or nobody could tell.
@@ -195,7 +198,7 @@ class WithinBudget:
             return
         orders = director.end_call()
         try:
-            self._carry_out(orders, ())
+            self._carry_out(orders, (), director.plan.room(0))
             self._outbox.send_all(self._masters)
             self._show(orders.onload)
         except torch.OutOfMemoryError:  # the call itself is over, and its result is there
@@ -313,7 +316,7 @@ class WithinBudget:
             beside_nbytes=self._expected_beside(),
         )
         try:
-            self._carry_out(orders, step.needs)
+            self._carry_out(orders, step.needs, self.director.room)
         except torch.OutOfMemoryError:
             is_refused = True
         else:
@@ -370,7 +373,7 @@ class WithinBudget:
 
     # ---- carrying orders out
 
-    def _carry_out(self, orders: Orders, needs: tuple[str, ...]) -> None:
+    def _carry_out(self, orders: Orders, needs: tuple[str, ...], room: int) -> None:
         try:
             for name in orders.offload:
                 self._go_home(name)
@@ -380,6 +383,7 @@ class WithinBudget:
             if orders.has_more_room:
                 self.engine.backend.transfer.settle()
             self._outbox.order(orders.onload)
+            self._keep_reserve(room)
             for name in needs:
                 if name in self._outbox:
                     self._outbox.send(name, self._masters)
@@ -388,6 +392,21 @@ class WithinBudget:
         except BaseException:
             self._recount()
             raise
+
+    def _keep_reserve(self, room: int) -> None:
+        """See Note [Two pools] in `device/reserve.py`."""
+        director = self.director
+        assert director is not None
+        if room == self._room:
+            self._reserve.note(director.resident_nbytes)
+            return
+        self._room = room
+        self._reserve.make_fit(
+            director.resident_nbytes - self._outbox.nbytes(director.resident),
+            min(room, sum(director.plan.sizes.values())),
+            room,
+            self.budget + self._outside_nbytes,
+        )
 
     def _go_home(self, name: str) -> None:
         self._outbox.withdraw(name)

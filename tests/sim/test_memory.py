@@ -33,6 +33,18 @@ def test_sizes_are_rounded_up_to_512(nbytes: int, taken: int) -> None:
     assert books() == (0, 0, 0)
 
 
+def test_giving_memory_back_to_the_device_waits_for_its_work() -> None:
+    x, kept = block(1024), block(2048)
+    del kept
+    with sim.measure() as waits:
+        x.add_(1)
+        torch.sim.empty_cache()
+    with sim.measure() as does_not:
+        x.add_(1)
+        torch.sim.empty_cache()  # there is nothing to give back
+    assert (waits.syncs, does_not.syncs) == (1, 0)
+
+
 def test_results_of_operators_and_copies_count() -> None:
     x = torch.ones(1000, device="sim")
     y = x + 1

@@ -88,7 +88,7 @@ class Director:
 
     def begin(self, step: Step) -> Orders:
         """A part is about to run."""
-        before = self.plan.room(self.position if self.position >= 0 else None)
+        before = self.room
         position = self._find(step)
         released = self._loosen(position, step.needs)
         arrived = [name for name in step.needs if name not in self.resident]
@@ -128,6 +128,11 @@ class Director:
             room, urgent = self.plan.room(0), self._urgent_nbytes()
             self._fetch_ahead(last, arrived, out, room, begin=last + 1, most=urgent)
         return Orders(tuple(out), tuple(arrived))  # none is in both: nothing is given up by force
+
+    @property
+    def room(self) -> int:
+        """Bytes for weights in the step that runs, or ran last."""
+        return self.plan.room(self.position if self.position >= 0 else None)
 
     def _urgent_nbytes(self) -> float:
         """How much of what the next call needs has to be there when it begins.

@@ -51,11 +51,15 @@ class Backend:
         """What tensors take on the device now."""
         return int(self._module.memory_allocated(self.device))
 
+    def reserved_bytes(self) -> int:
+        """What torch's allocator holds: what tensors take, and what it keeps to use again."""
+        held = getattr(self._module, "memory_reserved", self._module.memory_allocated)
+        return int(held(self.device))
+
     def free_bytes(self) -> int:
         """What could be allocated now: what is free, and what torch's allocator keeps unused."""
-        module = self._module
-        unused = module.memory_reserved(self.device) - module.memory_allocated(self.device)
-        return int(module.mem_get_info(self.device)[0] + unused)
+        unused = self.reserved_bytes() - self.allocated_bytes()
+        return int(self._module.mem_get_info(self.device)[0] + unused)
 
     def random_state(self) -> torch.Tensor | None:
         """The state of the device's random generator; None where it has none to tell now."""

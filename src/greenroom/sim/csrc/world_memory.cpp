@@ -84,7 +84,6 @@ Block* World::allocate(int device, int stream, size_t nbytes) {
     if (memory.reserved.current + fresh > config_.capacity) {
       // What torch does before it gives up: wait for the blocks other streams hold, give every cached block back, try again.
       ++memory.flushes;
-      sync_device(device);
       empty_cache(device);
       fresh = want;
       if (memory.reserved.current + fresh > config_.capacity) {
@@ -178,10 +177,11 @@ void World::record_stream(Block* block, int stream) {
 }
 
 void World::empty_cache(int device) {
-  // As torch does: what other streams hold is waited for.
-  if (!devices_.at(device).held.empty()) settle_device(device);
-  drop_held(device, true);
+  // As torch does: what other streams hold is waited for, and cudaFree waits for all the device's work.
   Memory& memory = devices_.at(device).memory;
+  const auto is_kept = [](const auto& entry) { return entry.second > 0; };
+  if (!devices_.at(device).held.empty() || std::any_of(memory.cached.begin(), memory.cached.end(), is_kept)) sync_device(device);
+  drop_held(device, true);
   for (auto& entry : memory.cached) {
     memory.reserved.sub(entry.second);
     entry.second = 0;
