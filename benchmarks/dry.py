@@ -38,7 +38,11 @@ def load(name: str, profile: str, capacity: str | None = None) -> Any:
 def measure(
     pipe: Any, name: str, enable: Enable, calls: int, arguments: Mapping[str, Any] = {}
 ) -> dict[str, Any]:
-    """Enable one way and call the pipeline a few times."""
+    """Enable one way and call the pipeline a few times in a row.
+
+    A call takes until it returns its picture. What it has begun to do for the next one by then is
+    in the seconds of the next.
+    """
     import greenroom.sim as sim
     from greenroom import zoo
     from greenroom.traces import keeping_none
@@ -47,7 +51,7 @@ def measure(
         enable(pipe)
     measured = []
     for _ in range(calls):
-        with keeping_none(), sim.measure() as call:  # the first call is one each time
+        with keeping_none(), sim.measure(settle=False) as call:  # the first call is one each time
             pipe(**zoo.full_call_kwargs(name, **arguments))
         measured.append(call)
     return {"enable": _plain(enabling), "calls": [_plain(call) for call in measured]}

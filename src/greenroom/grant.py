@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 #: Of a budget, what is left for digests and for what differs from call to call.
 SPARE_PARTS = 128
-
+#: Of a budget, what is left at first for what was never measured, and what room is then made in.
+ACTIVATION_PARTS = 8
 
 AUTO: Literal["auto"] = "auto"
 #: A budget in bytes, or whatever is free when a call begins.

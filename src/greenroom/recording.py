@@ -43,10 +43,16 @@ class Recording:
         """
         if not self._entries or self._entries[-1].ended is not None:
             return None
+        self.look(there_nbytes)
         entry = self._entries[-1]
         entry.ended = self._backend.record_time()
-        entry.beside_nbytes = max(0, self._backend.restart_peak() - there_nbytes)
         return entry.beside_nbytes
+
+    def look(self, there_nbytes: int) -> None:
+        """Until now so many bytes were there that the last step does not work on; as `end`."""
+        entry = self._entries[-1]
+        beside = self._backend.restart_peak() - there_nbytes
+        entry.beside_nbytes = max(entry.beside_nbytes, beside)
 
     def opened(self, part: str) -> list[int]:
         """Where stays in a component begin, by its part that opens them."""

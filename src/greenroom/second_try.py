@@ -66,7 +66,8 @@ def _tried(
     before = Before((args, kwargs), part.engine.backend)
     came_home = within.came_home_nbytes
     try:
-        return original(*args, **kwargs)
+        with within.watch(part):
+            return original(*args, **kwargs)
     except DeviceOutOfMemory:
         raise
     except torch.OutOfMemoryError as error:

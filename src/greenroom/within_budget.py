@@ -8,15 +8,17 @@ after the call, the next one like it is planned whole.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
+from .activations import ActivationWatch, is_compiled
 from .core.director import Director, Orders
 from .core.expect import rest_of_call
 from .core.plan import Plan, make_plan
@@ -25,6 +27,7 @@ from .core.units import format_bytes
 from .device.reserve import Reserve
 from .errors import DeviceOutOfMemory
 from .grant import (
+    ACTIVATION_PARTS,
     AUTO,
     Budget,
     free_now,
@@ -77,6 +80,10 @@ class WithinBudget:
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
         #: Bytes that were copied home because they had changed, or nobody could tell.
         self.came_home_nbytes = 0
+        self._is_watching = False  # what a component works on, while it runs first
+        self._is_moving = False  # weights
+        #: What is left for what was never measured; None where nobody watches it.
+        self._unmeasured_nbytes: int | None = None
         self._refused_at = 0  # bytes that were allocated when the device refused last
         self._unsqueezed: Plan | None = None  # what is followed but for a refusal
 
@@ -140,7 +147,9 @@ class WithinBudget:
         self._recording = Recording(self.engine.backend) if plan is None else None
         self._cast = {}
         if plan is None:
-            plan = make_plan(self._prior, self._sizes(), self._usable_now, self.known.costs())
+            is_seen = not any(is_compiled(module) for p in self._parts for module in p.modules)
+            self._unmeasured_nbytes = self.budget // ACTIVATION_PARTS if is_seen else None
+            plan = self._guess(self._prior)
         if self.director is None:
             self.director = Director(plan, self._sizes)
         elif self.director.plan is not plan:
@@ -283,6 +292,13 @@ class WithinBudget:
 
     def need(self, part: Part, *, enters: bool) -> None:
         """A part is about to run."""
+        self._is_moving = True
+        try:
+            self._need(part, enters=enters)
+        finally:
+            self._is_moving = False
+
+    def _need(self, part: Part, *, enters: bool) -> None:
         self._follow_stream()
         now = self._now
         if not enters and (
@@ -331,6 +347,13 @@ class WithinBudget:
 
     def left(self, part: Part) -> None:
         """A component's forward has returned: its weights are for others to see."""
+        self._is_moving = True
+        try:
+            self._left(part)
+        finally:
+            self._is_moving = False
+
+    def _left(self, part: Part) -> None:
         if part.key in self._inside:
             self._inside.remove(part.key)
         if part.has_entrances:
@@ -343,6 +366,51 @@ class WithinBudget:
             self._show(self.director.resident)
         if self._recording is not None and not self._inside:
             self._replan(part, self._recording)
+
+    def watch(self, part: Part) -> contextlib.AbstractContextManager[object]:
+        """While a component runs first, what it works on makes room for itself."""
+        recording = self._recording
+        if (
+            recording is None
+            or self._unmeasured_nbytes is None
+            or self._is_watching
+            or len(recording.opened(part.key)) != 1
+        ):
+            return contextlib.nullcontext()
+        return self._watching()
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        self._is_watching = True
+        try:
+            with ActivationWatch(self.engine.device, self._make_room_beside):
+                yield
+        finally:
+            self._is_watching = False
+
+    def _make_room_beside(self, nbytes: int) -> int:
+        """So many bytes are about to be worked on besides weights; returns what there is for it."""
+        director, backend = self.director, self.engine.backend
+        assert director is not None
+        if self._is_moving or self._recording is None:
+            return nbytes  # it is our own
+        beside = backend.allocated_bytes() - self._there_nbytes - self._outside_nbytes
+        room = min(director.room, sum(director.plan.sizes.values()))
+        if self._usable_now - room - beside < nbytes:
+            # A little more, not to do it for every operation.
+            room = max(0, self._usable_now - beside - nbytes - self.budget // ACTIVATION_PARTS)
+            self._recording.look(self._there_nbytes + self._outside_nbytes)
+            needs = {*self._inside, *(self._now.needs if self._now is not None else ())}
+            self.engine.log.because("what a component works on needs room")
+            self._carry_out(director.press(room, needs), (), room)
+            backend.restart_peak()
+        return self._usable_now - room - beside
+
+    @property
+    def _there_nbytes(self) -> int:
+        """Bytes of weights on the device."""
+        assert self.director is not None
+        return self.director.resident_nbytes - self._outbox.nbytes(self.director.resident)
 
     def _is_sent(self, name: str) -> bool:
         return (
@@ -402,7 +470,7 @@ class WithinBudget:
             return
         self._room = room
         self._reserve.make_fit(
-            director.resident_nbytes - self._outbox.nbytes(director.resident),
+            self._there_nbytes,
             min(room, sum(director.plan.sizes.values())),
             room,
             self.budget + self._outside_nbytes,
@@ -516,8 +584,7 @@ class WithinBudget:
 
     def _finish_record(self, recording: Recording) -> None:
         assert self.director is not None
-        unsent = self._outbox.nbytes(self.director.resident)
-        beside = recording.end(self.director.resident_nbytes - unsent + self._outside_nbytes)
+        beside = recording.end(self._there_nbytes + self._outside_nbytes)
         if beside is not None:
             self.engine.log.took(beside)
 
@@ -537,8 +604,18 @@ class WithinBudget:
         done = recording.steps()
         helpers = {p.key for p in self._parts if not p.in_sequence}
         rest = rest_of_call(done, opened[0], self._prior, helpers)
-        plan = make_plan([*done, *rest], self._sizes(), self._usable_now, self.known.costs())
+        plan = self._guess([*done, *rest])
         self.director.follow(plan, at=len(done) - 1)
+
+    def _guess(self, steps: Sequence[Step]) -> Plan:
+        """A plan for steps of which some were never measured."""
+        return make_plan(
+            steps,
+            self._sizes(),
+            self._usable_now,
+            self.known.costs(),
+            unmeasured_nbytes=self._unmeasured_nbytes,
+        )
 
     def _note_casts(self, names: Iterable[str]) -> None:
         """Parts that have another size than when the call began were cast for their work."""

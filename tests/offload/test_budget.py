@@ -56,8 +56,9 @@ def test_pictures_are_the_same_inside_the_budget(name: str, share: float) -> Non
             assert torch.equal(result(pipe, name), expected)
         assert cost.races == []
         assert cost.peak_bytes <= budget
-        # Nor does what the allocator keeps; a few kilobytes of digests have pools of their own.
-        assert cost.peak_reserved_bytes <= budget + 8 * 1024
+        # Nor does what the allocator keeps. Digests are added up on two streams with pools of their
+        # own, in a few tensors of 4 KiB each for parts as small as these.
+        assert cost.peak_reserved_bytes <= budget + 64 * 1024
         assert cost.d2h_bytes <= expected.nbytes + 4096  # no weights come back
     if share > 1:
         assert cost.h2d_bytes < 1e5  # everything stays

@@ -23,7 +23,7 @@ room, but the plan may also have given something up by then.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 
 from .plan import Plan
@@ -128,6 +128,15 @@ class Director:
             room, urgent = self.plan.room(0), self._urgent_nbytes()
             self._fetch_ahead(last, arrived, out, room, begin=last + 1, most=urgent)
         return Orders(tuple(out), tuple(arrived))  # none is in both: nothing is given up by force
+
+    def press(self, room: int, needs: Set[str]) -> Orders:
+        """No more than `room` bytes are left for weights, until another plan is followed.
+
+        What the step that runs `needs` stays in any case.
+        """
+        self.follow(self.plan.squeezed(room), at=self.position)
+        position = self.position if self.position >= 0 else None
+        return Orders(tuple(self._make_room(0, room, tuple(needs), position)))
 
     @property
     def room(self) -> int:

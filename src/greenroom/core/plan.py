@@ -109,15 +109,25 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(steps: Sequence[Step], sizes: Mapping[str, int], budget: int, costs: Costs) -> Plan:
+def make_plan(
+    steps: Sequence[Step],
+    sizes: Mapping[str, int],
+    budget: int,
+    costs: Costs,
+    *,
+    unmeasured_nbytes: int | None = None,
+) -> Plan:
     """The plan for these steps within `budget` bytes, activations included.
+
+    Where it was never measured what steps work on, `unmeasured_nbytes` are left for it. None is for
+    where nobody can make room as it turns out: then it is half the budget, or more.
 
     What stays between phases is chosen from a few ways to weigh them, by simulating each; the best
     is then improved by giving up one part more or less at a time, as long as that is worth it and
     `_MOST_STEPS` were not simulated yet.
     """
     found = phases(steps)
-    rooms = [_room(steps, phase, sizes, budget) for phase in found]
+    rooms = [_room(steps, phase, sizes, budget, unmeasured_nbytes) for phase in found]
     streams = [
         _streamed([steps[i] for i in phase.cycle], sizes, room, costs)
         if phase.times > 1 and _whole(steps, phase, sizes) > room
@@ -306,16 +316,24 @@ def _rounds(phase: Phase) -> int:
     return 3 if phase.length < _LONG else 2
 
 
-def _room(steps: Sequence[Step], phase: Phase, sizes: Mapping[str, int], budget: int) -> int:
+def _room(
+    steps: Sequence[Step],
+    phase: Phase,
+    sizes: Mapping[str, int],
+    budget: int,
+    unmeasured_nbytes: int | None,
+) -> int:
     """Bytes for weights in a phase: the budget without what the steps work on.
 
-    Where that was never measured, half the budget is left for it; and more, if not all weights of
-    the call fit in the other half but those of the phase take less.
+    Where that was never measured, and nothing else is said, half the budget is left for it; and
+    more, if not all weights of the call fit in the other half but those of the phase take less.
     """
     inside = [steps[i] for i in range(phase.begin, phase.end)]
     known = [s.beside_nbytes for s in inside if s.beside_nbytes is not None]
     if len(known) == len(inside):
         return budget - max(known)
+    if unmeasured_nbytes is not None:
+        return budget - max([unmeasured_nbytes, *known])
     if sizes_of(steps, sizes) <= budget // 2:
         return budget // 2
     largest = max(sum(sizes[name] for name in step.needs) for step in inside)

@@ -97,6 +97,9 @@ class Backend:
         """The peak of allocated bytes since the last restart; counting begins anew."""
         peak = int(self._module.max_memory_allocated(self.device))
         self._highest = max(self._highest, peak)
+        if self.device.type == "sim":
+            reserved = int(self._module.max_memory_reserved(self.device))
+            self._highest_reserved = max(self._highest_reserved, reserved)
         self._module.reset_peak_memory_stats(self.device)
         return peak
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..core.director import Director
+from ..core.director import Director, Orders
 from ..core.expect import rest_of_call
-from ..core.plan import make_plan
+from ..core.plan import Plan, make_plan
 from ..core.trace import Step, visits
+from ..grant import ACTIVATION_PARTS
 from .recording import Card, Cut
 
 
@@ -28,18 +29,25 @@ class FirstCall:
 def first_call(cut: Cut, budget: int, card: Card) -> FirstCall:
     """The first call within so many usable bytes."""
     costs, clock = card.costs, _Clock(card, cut.sizes)
-    director = Director(make_plan(cut.expected or cut.steps, cut.sizes, budget, costs))
+    some = budget // ACTIVATION_PARTS
+
+    def guess(steps: Sequence[Step]) -> Plan:
+        return make_plan(steps, cut.sizes, budget, costs, unmeasured_nbytes=some)
+
+    director = Director(guess(cut.expected or cut.steps))
     director.begin_call()
     position = 0
     for stay, is_first in _stays(cut.steps):
         for step in stay:
             clock.step(director, step)
+            beside = step.beside_nbytes or 0
+            if is_first and director.room + beside > budget:
+                clock.offload(director.press(max(0, budget - beside - some), set(step.needs)))
         position += len(stay)
         if is_first and position < len(cut.steps):
             begin = position - len(stay)
             rest = rest_of_call(cut.steps[:position], begin, cut.expected, frozenset())
-            plan = make_plan([*cut.steps[:position], *rest], cut.sizes, budget, costs)
-            director.follow(plan, at=position - 1)
+            director.follow(guess([*cut.steps[:position], *rest]), at=position - 1)
             clock.wait_for_device()  # to read its times
     return FirstCall(clock.done, clock.moved, clock.peak)
 
@@ -66,6 +74,10 @@ class _Clock:
     def wait_for_device(self) -> None:
         """The host goes on when the device has done all that it was given."""
         self._host = self.done + self._costs.pause_s
+
+    def offload(self, orders: Orders) -> None:
+        """Something leaves while a step runs: the host waits until it has been used."""
+        self._host = max([self._host, *(self._used.get(name, 0.0) for name in orders.offload)])
 
     def step(self, director: Director, step: Step) -> None:
         """A step begins, and is over."""

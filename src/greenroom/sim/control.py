@@ -179,25 +179,30 @@ def counters(device: int = 0) -> Cost:
 
 
 @contextlib.contextmanager
-def measure(device: int = 0) -> Iterator[Cost]:
+def measure(device: int = 0, *, settle: bool = True) -> Iterator[Cost]:
     """Measure what the ``with`` block costs on a device.
 
     The value is filled when the block ends, also by an exception.
 
-    The device is synchronised before and after. Blocks may nest.
+    The device is synchronised before and after. Blocks may nest. Without `settle` it is not: what
+    it has still to do when the block ends counts in what comes next, as for a program that calls a
+    pipeline again as soon as it has its result.
 
     >>> with sim.measure() as cost:
     ...     model.to("sim")
     >>> cost.h2d_bytes, cost.seconds
     """
     native, cost = _device.native, Cost()
-    native.settle_device(_known(device))
+    _known(device)
+    if settle:
+        native.settle_device(device)
     before, seen = native.counters(device), len(races())
     native.reset_peak(device)
     try:
         yield cost
     finally:
-        native.settle_device(device)
+        if settle:
+            native.settle_device(device)
         vars(cost).update(vars(_cost(before, device, seen)))
         native.raise_peak(device, before["peak_bytes"], before["peak_reserved_bytes"])
 

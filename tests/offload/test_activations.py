@@ -1,0 +1,130 @@
+"""What a first call works on makes room for itself: seen before it is there, one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import greenroom
+import greenroom.sim as sim
+from greenroom.activations import ActivationWatch, is_compiled, returned_nbytes
+
+MIB = 2**20
+SIM = torch.device("sim", 0)
+
+
+def nothing(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=SIM)
+
+
+@pytest.mark.parametrize(
+    ("call", "nbytes"),
+    [
+        (lambda: nothing(64, 32) + 1.0, 64 * 32 * 4),
+        (lambda: nothing(64, 1) * nothing(1, 32), 64 * 32 * 4),
+        (lambda: nothing(8, 64) @ nothing(64, 512), 8 * 512 * 4),
+        (lambda: nn.functional.conv2d(nothing(1, 3, 16, 16), nothing(32, 3, 3, 3)), 32 * 14**2 * 4),
+        (lambda: nn.functional.interpolate(nothing(1, 2, 8, 8), scale_factor=4.0), 2 * 32**2 * 4),
+        (lambda: nothing(100).half(), 200),
+        (lambda: torch.cat([nothing(100), nothing(28)]), 512),
+        (lambda: torch.ones(1000).to(SIM), 4000),
+        (lambda: torch.zeros(10, dtype=torch.int64, device=SIM), 80),
+        (lambda: nothing(100).view(10, 10).transpose(0, 1), 0),
+        (lambda: nothing(100).add_(1.0), 0),
+        (lambda: torch.ones(1000) + 1.0, 0),  # on the host
+    ],
+)
+def test_what_an_operation_returns_is_known_before_it_runs(call: Any, nbytes: int) -> None:
+    found: list[int] = []
+
+    class Foreseen(ActivationWatch):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            found.append(returned_nbytes(func, args, kwargs or {}, SIM))
+            return func(*args, **(kwargs or {}))
+
+    with Foreseen(SIM, lambda _: 0):
+        call()
+    # Inputs are made inside as well, each of as many bytes as it has.
+    made = [n for n in found if n]
+    assert (made[-1] if nbytes else 0) == nbytes or (not nbytes and found[-1] == 0)
+
+
+def test_where_it_depends_on_values_it_is_what_was_given() -> None:
+    x = torch.ones(1000, device=SIM)
+    assert returned_nbytes(torch.ops.aten.nonzero.default, (x,), {}, SIM) == 4000
+
+
+def test_it_asks_only_when_what_there_is_may_be_used_up() -> None:
+    asked: list[int] = []
+
+    def ask(nbytes: int) -> int:
+        asked.append(nbytes)
+        return 100 * 4096
+
+    with torch.no_grad(), ActivationWatch(SIM, ask):
+        x = nothing(1024)
+        for _ in range(250):
+            x = x + 1.0
+    assert asked == [2 * 4096] * 3  # what it returns, and as much again for itself
+
+
+def test_compiled_modules_are_known() -> None:
+    plain = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    inside = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    inside[0].compile()
+    forward = nn.Linear(2, 2)
+    forward.forward = torch.compile(forward.forward)  # type: ignore[method-assign]
+    assert not is_compiled(plain)
+    assert is_compiled(inside) and is_compiled(forward) and is_compiled(torch.compile(plain))
+
+
+class Wide(nn.Module):
+    """Small weights, and a lot to work on."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.times = times
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self.linear(x).repeat(self.times, 1)
+        return (wide * 2.0).sum(0, keepdim=True)
+
+
+class Pipeline:
+    """Large weights, that then have to make room."""
+
+    model_cpu_offload_seq = "large->wide"
+
+    def __init__(self, times: int) -> None:
+        torch.manual_seed(0)
+        self.large = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))  # 8 MiB
+        self.wide = Wide(times)
+        self.components = {"large": self.large, "wide": self.wide}
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return self.wide(self.large(x)[:, :64]).cpu()
+
+
+@pytest.mark.parametrize("times", [1000, 12_000])
+def test_weights_make_room_for_what_a_later_component_works_on(times: int) -> None:
+    x = torch.randn(1, 512)
+    expected = Pipeline(times)(x)
+    sim.configure("rtx-4090", capacity="1GiB")
+    pipe, budget = Pipeline(times), 12 * MIB
+    greenroom.enable_model_cpu_offload(pipe, budget=budget)
+    for call in range(2):
+        with sim.measure() as cost:
+            assert torch.equal(pipe(x), expected)
+        assert cost.races == [] and cost.peak_bytes <= budget
+        if call == 0:
+            # Nothing was sent twice, and what there is room for beside it has stayed.
+            assert cost.h2d_bytes < 1.02 * sum(
+                p.nbytes for module in pipe.components.values() for p in module.parameters()
+            ) + x.nbytes + (6 * MIB if times > 1000 else 0)
