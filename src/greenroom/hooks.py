@@ -74,6 +74,8 @@ class Part:
         self.doors: Sequence[nn.Module] = ()
         self.has_entrances = bool(entrances)
         self.kin: tuple[str, ...] = ()  # keys of parts that share weights with it
+        #: Whether it may be changed unseen while it is on the device.
+        self.is_watched = True
         self._entrances = {id(module) for module in entrances}
         self._bells: list[torch.utils.hooks.RemovableHandle] = []
         self._hung: Sequence[nn.Module] | None = None
@@ -167,7 +169,7 @@ class Part:
 
     def send(self, masters: object) -> None:
         """Start the way to the device; for `masters` see `WeightStore.send`."""
-        self.store.send(settles=True, masters=masters)
+        self.store.send(settles=True, masters=masters, is_watched=self.is_watched)
         self._log_sent()
 
     def _log_sent(self) -> None:
@@ -181,6 +183,13 @@ class Part:
             self.store.arrive()
             self._is_here = True
             self.hang_bells(self.doors)
+
+    def watch(self) -> None:
+        """From now on anybody may change it."""
+        self.is_watched = True
+        self.store.recheck()
+        self.store.watch()
+        self.store.forget_masters()
 
     def check(self) -> None:
         """Its use is over: begin to find out what has changed, for `go_home`."""

@@ -166,10 +166,11 @@ def _keeps_something(module: nn.Module) -> bool:
     if any(getattr(hook, "_is_stateful", True) for hook in getattr(registry, "hooks", {}).values()):
         return True
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return not all(map(_is_harmless, hooks))
+    return not all(map(is_harmless, hooks))
 
 
-def _is_harmless(hook: Any) -> bool:
+def is_harmless(hook: Any) -> bool:
+    """Whether a forward's hook is ours, or one that keeps nothing beyond the forward."""
     function = getattr(hook, "__func__", hook)
     # transformers collects outputs by hooks, into what each forward of a model makes anew.
     harmless = ("greenroom.", "transformers.utils.output_capturing")

@@ -35,6 +35,7 @@ from .grant import (
     smallest_for,
 )
 from .known_calls import KnownCalls
+from .known_code import leaves_weights_alone
 from .outbox import Outbox
 from .recording import Recording
 from .second_try import refusal_of
@@ -140,6 +141,7 @@ class WithinBudget:
         self._unsqueezed = None
         self._prior = list(prior)
         self._take_in_what_others_did()
+        self._trust_known_code()
         self._outside_nbytes = self.engine.backend.allocated_bytes() - self._ours_nbytes
         self._before = self._sizes()
         self._kept = kept
@@ -160,6 +162,22 @@ class WithinBudget:
             for name, nbytes in self.director.plan.sizes.items()
             if self._before.get(name, nbytes) != nbytes
         ]
+
+    def _trust_known_code(self) -> None:
+        """Look for changes, until the call is over, only to parts that may be changed unseen."""
+        known: dict[int, bool] = {}  # by component, of which blocks are a part as well
+
+        def is_known(part: Part) -> bool:
+            whole = part if part.beside is None else part.beside
+            if id(whole) not in known:
+                known[id(whole)] = all(map(leaves_weights_alone, whole.modules))
+            return known[id(whole)]
+
+        for part in self._parts:
+            if self._is_watched or not is_known(part):
+                part.watch()
+            else:
+                part.is_watched = False
 
     def _take_in_what_others_did(self) -> None:
         """Parts whose tensors were replaced since the last call, by a cast say, go home."""
@@ -205,11 +223,13 @@ class WithinBudget:
             self.known.forget(self._key)
             self._expect_changes()
             return
+        for part in self._parts:
+            part.is_watched = True  # what is sent now is there when others may change it
         orders = director.end_call()
         try:
             self._carry_out(orders, (), director.plan.room(0))
             self._outbox.send_all(self._masters)
-            self._show(orders.onload)
+            self._show(director.resident)  # also what was sent before, and is of the next call
         except torch.OutOfMemoryError:  # the call itself is over, and its result is there
             logger.warning("no room for what the next call begins with: everything goes home")
             self.send_all_home()
@@ -229,8 +249,7 @@ class WithinBudget:
         """Whoever runs now may change weights, wherever they are."""
         self._call = self._kept = None
         for part in self._parts:
-            part.store.recheck()
-            part.store.forget_masters()
+            part.watch()
 
     def send_all_home(self) -> None:
         """Everything goes home, whoever may need it."""
@@ -445,8 +464,8 @@ class WithinBudget:
         try:
             for name in orders.offload:
                 self._go_home(name)
-            if not self._is_watched:  # else somebody may still change them
-                for name in orders.release:
+            for name in orders.release:
+                if not self.engine.part(name).is_watched:  # else somebody may still change it
                     self.engine.part(name).check()
             if orders.has_more_room:
                 self.engine.backend.transfer.settle()

@@ -67,9 +67,11 @@ class WeightStore:
         self._away: list[Opaque] = []
         self._coming: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # sent: version, copy
         self._mark: Any = None
+        self._is_watched = True  # it may be changed unseen where it is: what arrives is noted
         self.is_here = False  # the module uses the device's copy
-        # Begun by `check`: the segments it looks at, and which of them differ (on the device).
-        self._check: tuple[list[Segment], torch.Tensor | None] | None = None
+        # Begun by `check`: the segments it looks at, and which of them differ (on the device); the
+        # point at which the device has done with all of them if it looks at none.
+        self._check: tuple[list[Segment], torch.Tensor | None, Any] | None = None
         #: The points, on the copies' stream, between which the latest copies lie.
         self.journey: tuple[Any, Any] = (None, None)
 
@@ -152,13 +154,17 @@ class WeightStore:
             self.offload()
             raise
 
-    def send(self, *, settles: bool = False, masters: object = None) -> None:
+    def send(
+        self, *, settles: bool = False, masters: object = None, is_watched: bool = True
+    ) -> None:
         """Start the copies to the device. The module goes on using its masters until `arrive`.
 
         Args:
             settles: whether to copy from page-locked memory, and make it so if it is not.
             masters: the same as last time if masters cannot have been changed since then but by
                 what was on the device; their digests are taken once.
+            is_watched: whether what was sent may be changed where no version counts it. If not, no
+                digests are taken, until `watch`.
 
         Raises:
             as `onload`.
@@ -173,9 +179,11 @@ class WeightStore:
                 for segment in self.segments:
                     segment.device = transfer.allocate(segment.nbytes)
                     self._copy(segment)
+                self._is_watched = is_watched
                 with transfer.on_arrival():
-                    self._take_digests([s for s in self.segments if not _is_known(s, masters)])
-                for segment in self.segments:
+                    if is_watched:
+                        self._take_digests([s for s in self.segments if not _is_known(s, masters)])
+                for segment in self.segments if is_watched else ():
                     segment.digest_is_of = masters if segment.slab is not None else None
                 self._mark = transfer.mark()
                 self.journey = (transfer.began, transfer.now())
@@ -216,8 +224,9 @@ class WeightStore:
             for opaque in self._away:
                 opaque.enter()
             for segment in changed.values():
-                segment.digest_is_of = None
-            self._take_digests(list(changed.values()))
+                segment.digest = segment.digest_is_of = None
+            if self._is_watched:
+                self._take_digests(list(changed.values()))
 
     def _copy(self, segment: Segment) -> None:
         assert segment.device is not None
@@ -246,8 +255,13 @@ class WeightStore:
         """
         if self._check is not None:
             return
-        watched = [s for s in self.segments if s.device is not None and s.digest is not None]
+        if not self._is_watched:
+            self._check = [], None, self.backend.record_event()
+            return
+        watched = [s for s in self.segments if s.device is not None]
         before = [s.digest for s in watched if s.digest is not None]
+        if len(before) < len(watched):  # nothing can be told of what was not noted
+            return
         differs = None
         if watched:
             try:
@@ -257,7 +271,16 @@ class WeightStore:
             except RuntimeError:  # no room for it
                 self.backend.synchronize()  # what was begun still reads what will be freed
                 return
-        self._check = watched, differs
+        self._check = watched, differs, None
+
+    def watch(self) -> None:
+        """From now on what is on the device may be changed there unseen: note what there is."""
+        if self._is_watched:
+            return
+        self._is_watched, self._check = True, None
+        with as_memory():
+            self.backend.transfer.wait(self._mark)
+            self._take_digests([segment for segment in self.segments if segment.digest is None])
 
     def recheck(self) -> None:
         """Forget what `check` began."""
@@ -356,12 +379,15 @@ class WeightStore:
         self.check()
         if self._check is None:  # nothing can be told: what is there comes home, whatever it is
             return [s for s in self.segments if s.device is not None]
-        watched, differs = self._check
+        watched, differs, is_over = self._check
         changed = {
             id(r.segment)
             for r in self._residents
             if version_of(r.tensor) != r.version and is_same_place(r.tensor, r.moved)
         }
+        if is_over is not None:
+            with label("wait", self.name):
+                is_over.synchronize()
         if differs is not None:
             with label("wait", self.name), self.backend.transfer.checked():
                 found = differs.tolist()

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.trace import Step
 from ..errors import UsageError
+from ..known_code import runs_known_code
 from ..pipeline import state_of
 from .recording import COARSEST, Card, Cut, Recording
 
@@ -46,7 +47,7 @@ def trace_of(pipe: Any) -> Recording:
             from .. import sim
             from .recorder import card_of
 
-            card = card_of(sim.current_profile())
+            card = card_of(sim.current_profile(), is_watched=not runs_known_code(pipe))
         else:
             module: Any = torch.get_device_module(engine.device)
             name = getattr(module, "get_device_name", str)(engine.device)

@@ -78,7 +78,7 @@ def record(
     from .recorder import Recorder, card_of, simulator_as_before
 
     try:
-        card = card_of(sim.get_profile(device))
+        card = card_of(sim.get_profile(device), is_watched=False)
     except ValueError as error:
         raise UsageError(str(error)) from error
     granted = granted_of(card, budget)

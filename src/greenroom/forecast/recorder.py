@@ -15,6 +15,7 @@ import torch
 
 from .. import sim
 from ..engine import Engine
+from ..known_code import runs_known_code
 from ..pipeline import disable_model_cpu_offload, enable_model_cpu_offload
 from ..traces import keeping_none
 from .measured import cut_of
@@ -83,7 +84,7 @@ class Recorder:
             pipeline,
             dtype,
             settings,
-            card_of(self._profile),
+            card_of(self._profile, is_watched=not runs_known_code(self._pipe)),
             self._prepare_s,
             tuple(self._cuts[cut_to] for cut_to in sorted(self._cuts)),
         )
@@ -99,14 +100,17 @@ def simulator_as_before() -> Iterator[None]:
         sim.configure(before)
 
 
-def card_of(profile: sim.Profile) -> Card:
-    """A simulated card, as a recording describes it."""
+def card_of(profile: sim.Profile, *, is_watched: bool) -> Card:
+    """A simulated card, as a recording describes it.
+
+    is_watched: whether it has to look at weights for changes.
+    """
     return Card(
         profile.name,
         True,
         profile.memory_bytes,
         profile.link.h2d_pinned,
-        profile.memory_bytes_per_s,
+        profile.memory_bytes_per_s if is_watched else None,
         profile.kernel_s,
     )
 
