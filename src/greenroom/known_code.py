@@ -43,7 +43,7 @@ def _has_global_hooks() -> bool:
 
 
 def _is_known(module: nn.Module) -> bool:
-    cls = type(module)
+    cls: Any = type(module)
     return (
         _is_known_class(cls)
         and _is_of_known(cls.forward)
