@@ -202,6 +202,7 @@ class Engine:
         kind: Hashable,
         order: Sequence[Step],
         *,
+        casts: Sequence[str],
         kept: KeptTrace,
         pipeline: str,
         owner: object,
@@ -209,8 +210,8 @@ class Engine:
     ) -> Iterator[None]:
         """A pipeline's call within a budget: weights wait where the next one like it wants them.
 
-        For `kind`, `order`, `kept` and `is_watched` see `WithinBudget.begin_call`, for `pipeline`
-        and `owner` see `call`. If the call raises, everything goes home.
+        For `kind`, `order`, `casts`, `kept` and `is_watched` see `WithinBudget.begin_call`, for
+        `pipeline` and `owner` see `call`. If the call raises, everything goes home.
         """
         with self.lock:
             self._forget_dropped()
@@ -224,7 +225,7 @@ class Engine:
             self._callers.append(within)
             try:
                 if is_own:
-                    within.begin_call(kind, order, is_watched=is_watched, kept=kept)
+                    within.begin_call(kind, order, casts=casts, is_watched=is_watched, kept=kept)
                 yield
                 if is_own:
                     self._hand_over(within, 0)

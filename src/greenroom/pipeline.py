@@ -242,6 +242,12 @@ class Offloading:
             ),
             pipeline=type(pipe).__name__,
             owner=self,
+            casts=[
+                part.key
+                for name, hook in hooks.items()
+                if _diffusers.is_cast_for_work(modules[name])
+                for part in hook.parts
+            ],
             is_watched=not _diffusers.is_of_diffusers(pipe)
             or _has_callable([*args, *kwargs.values()]),
         )

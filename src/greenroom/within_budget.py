@@ -123,6 +123,7 @@ class WithinBudget:
         key: Hashable,
         prior: Sequence[Step],
         *,
+        casts: Sequence[str] = (),
         is_watched: bool = False,
         kept: KeptTrace | None = None,
     ) -> None:
@@ -131,6 +132,7 @@ class WithinBudget:
         Args:
             key: tells which calls are alike.
             prior: the order to expect if no call like it was ever seen.
+            casts: parts that are expected to be cast for their work.
             is_watched: whether somebody else's code runs between the components, which may look at
                 weights, and change them.
             kept: what another process may have learned of calls like it.
@@ -162,6 +164,7 @@ class WithinBudget:
             for name, nbytes in self.director.plan.sizes.items()
             if self._before.get(name, nbytes) != nbytes
         ]
+        self._to_be_cast += [name for name in casts if name not in self._to_be_cast]
 
     def _trust_known_code(self) -> None:
         """Look for changes, until the call is over, only to parts that may be changed unseen."""

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from ..errors import UsageError
@@ -28,6 +29,16 @@ def is_of_diffusers(pipe: Any) -> bool:
     call = getattr(type(pipe), "__call__", None)  # noqa: B004
     call = inspect.unwrap(call) if call is not None else None
     return getattr(call, "__module__", "").partition(".")[0] == "diffusers"
+
+
+def is_cast_for_work(module: Any) -> bool:
+    """Whether pipelines cast the component to another dtype before they use it, and back.
+
+    They do so with autoencoders that overflow in float16, as SDXL's does.
+    """
+    config = getattr(module, "config", None)
+    is_delicate = bool(getattr(config, "force_upcast", False))
+    return is_delicate and getattr(module, "dtype", None) == torch.float16
 
 
 def component_names(pipe: Any) -> set[str]:
