@@ -85,6 +85,7 @@ class WithinBudget:
         self._is_moving = False  # weights
         #: What is left for what was never measured; None where nobody watches it.
         self._unmeasured_nbytes: int | None = None
+        self._unpressed: Plan | None = None  # what is followed but for what a component works on
         self._refused_at = 0  # bytes that were allocated when the device refused last
         self._unsqueezed: Plan | None = None  # what is followed but for a refusal
 
@@ -140,7 +141,7 @@ class WithinBudget:
         self._is_watched = is_watched
         self._call = object()
         self._inside, self._now, self._key = [], None, key
-        self._unsqueezed = None
+        self._unsqueezed = self._unpressed = None
         self._prior = list(prior)
         self._take_in_what_others_did()
         self._trust_known_code()
@@ -343,6 +344,9 @@ class WithinBudget:
             if enters:
                 self._inside.append(part.key)
         assert self.director is not None
+        if enters and self._unpressed is not None:  # what it worked on is gone
+            self.director.follow(self._unpressed, at=self.director.position)
+            self._unpressed = None
         orders = self.director.begin(step)
         self._note_progress()
         self.engine.log.needs(
@@ -423,6 +427,7 @@ class WithinBudget:
             room = max(0, self._usable_now - beside - nbytes - self.budget // ACTIVATION_PARTS)
             self._recording.look(self._there_nbytes + self._outside_nbytes)
             needs = {*self._inside, *(self._now.needs if self._now is not None else ())}
+            self._unpressed = self._unpressed or director.plan
             self.engine.log.because("what a component works on needs room")
             self._carry_out(director.press(room, needs), (), room)
             backend.restart_peak()
@@ -626,7 +631,7 @@ class WithinBudget:
         done = recording.steps()
         helpers = {p.key for p in self._parts if not p.in_sequence}
         rest = rest_of_call(done, opened[0], self._prior, helpers)
-        plan = self._guess([*done, *rest])
+        plan, self._unpressed = self._guess([*done, *rest]), None
         self.director.follow(plan, at=len(done) - 1)
 
     def _guess(self, steps: Sequence[Step]) -> Plan:

@@ -44,6 +44,7 @@ class Plan:
     rooms: tuple[int, ...]  # bytes for weights in each phase
     costs: Costs
     streamed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # by phase's begin
+    unforeseen_room: int | None = None  # the same for steps that nobody expected; None: half of all
 
     @cached_property
     def fits(self) -> bool:
@@ -53,13 +54,13 @@ class Plan:
     def room(self, position: int | None) -> int:
         """Bytes for weights while a step runs; None is one that nobody expected."""
         if position is None:
-            return self.budget // 2
+            return self.budget // 2 if self.unforeseen_room is None else self.unforeseen_room
         return self.rooms[self._of_step[position]]
 
     def squeezed(self, room: int) -> Plan:
         """The same with at most so many bytes for weights in every phase."""
         rooms = tuple(min(room, before) for before in self.rooms)
-        return replace(self, budget=min(self.budget, 2 * room), rooms=rooms)
+        return replace(self, rooms=rooms, unforeseen_room=min(room, self.room(None)))
 
     def phase_at(self, position: int) -> int:
         """The number of the phase; those of the next call follow on this one's."""
@@ -149,7 +150,10 @@ def make_plan(
     if is_measured:
         trials.consider(_Drops(within, frozenset()))  # only what presses
         trials.improve()
-    return _plan(_Call(steps, sizes, budget, found, rooms, costs), trials.best, streams)
+    plan = _plan(_Call(steps, sizes, budget, found, rooms, costs), trials.best, streams)
+    if unmeasured_nbytes is None:
+        return plan
+    return replace(plan, unforeseen_room=budget - unmeasured_nbytes)
 
 
 _Drop = tuple[int, int, str]  # phase, offset in its round, part
