@@ -149,6 +149,7 @@ def test_a_pipeline_saved_in_halves_under_a_variant_is_loaded(
     done = greenroom_command("run", folder, "a red circle", "--steps", 1, "--json")
     # Computed by the CPU's kernels, which are slow in float16.
     assert report(done)["dtype"] == "float32"
+    assert "--dtype float16 computes in it all the same" in done.err
     done = greenroom_command(
         "run", folder, "a red circle", "--steps", 1, "--json", "--dtype", "bfloat16"
     )
@@ -167,6 +168,8 @@ WRONG = {
     "no accelerator": (["--device", "cpu"], None, "there is no accelerator 'cpu'"),
     "card": (["--simulate", "rtx-1"], None, "no profile is called 'rtx-1'"),
     "capacity": (["--capacity", "plenty"], None, "'plenty' is no size"),
+    "steps": (["--steps", "0"], None, "invalid value for '--steps': it should be greater"),
+    "no such option": (["--nothing"], None, "no such option: --nothing"),
     "dtype": (["--dtype", "int8"], None, "there is no dtype 'int8'"),
     "size": (["--size", "512"], None, "not '512'"),
     "size twice": (["--size", "32x32", "--width", "32"], None, "leave out --width"),

@@ -181,7 +181,8 @@ def most_points() -> int:
 
 def _smallest(recording: Recording, at: Callable[[int], Within]) -> Within:
     """The smallest budget within which it runs, of the cuts that were recorded."""
-    budget = min(cut.least for cut in recording.cuts)
+    least = sorted(cut.least for cut in recording.cuts)
+    budget = next((nbytes for nbytes in least if at(nbytes).fits), least[-1])
     while not at(budget).fits:
         budget += max(budget // 16, 1)
     return at(budget)
@@ -213,11 +214,8 @@ def seconds(spent: float | None) -> str:
 
 
 def exactly(nbytes: int) -> str:
-    """A budget that is at least so many bytes, in a form that --budget takes."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= 10 * size or (unit == "GiB" and nbytes >= size):
-            return f"{-(-nbytes * 100 // size) / 100:.2f}{unit}"
-    return f"{nbytes}"
+    """A budget as people read it, and as --budget takes it to the byte."""
+    return f"{format_bytes(nbytes)} (--budget {nbytes})"
 
 
 def settings_said(settings: Mapping[str, Any]) -> str:

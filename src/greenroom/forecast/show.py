@@ -124,6 +124,8 @@ def _meaning(forecast: Forecast, point: Within) -> str:
 
 def _footnote(forecast: Forecast) -> str:
     return (
-        f"smallest budget that runs: {exactly(forecast.smallest.budget)}; smallest that costs "
-        f"nothing: {exactly(forecast.free.budget)}; bytes and waits are of a later call"
+        f"smallest budget that runs: {exactly(forecast.smallest.budget)}\n"
+        f"smallest that costs nothing: {exactly(forecast.free.budget)}\n"
+        "first call: from an empty device, while the plan is learned, for budgets with a meaning; "
+        "later call: each after it, and all columns to its right are of one"
     )

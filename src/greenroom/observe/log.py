@@ -38,8 +38,8 @@ class _Run:
     part: str
     component: str
     asked: Any
-    stream: Any
     forwards: int = 0
+    stream: Any = None  # that forwards end on, once one has
     cleared: Any = None
     began: Any = None
     ended: Any = None
@@ -131,8 +131,10 @@ class Log:
         self._nbytes = 0  # of all of it
         self._unused: set[str] = set()  # sent, and not used yet
         self._needs: tuple[str, ...] | None = None  # of what is being brought
+        self._stream: Any = None  # that it is brought for
         self._is_other = False  # whether another component runs than before
         self._cause = "it was asked for"
+        self._event: Any = None  # the class of what `now` gives
 
     # ---- a call
 
@@ -217,11 +219,13 @@ class Log:
         self._is_other = run is None or run.component != component
         if self._is_other:
             self._read_peak()
-        call, stream = self._call(), self._backend.current_stream()
-        run = self._run = _Run(part, component, self.now(), stream, int(opens))
+        call = self._call()
+        self._stream = self._backend.current_stream() if self._backend.keeps_time else None
+        run = self._run = _Run(part, component, self._soon(), int(opens))
         run.beside_nbytes = beside_nbytes
-        run.found_ahead = tuple(name for name in names if name in self._unused)
-        self._unused.difference_update(names)
+        if self._unused:
+            run.found_ahead = tuple([name for name in names if name in self._unused])
+            self._unused.difference_update(run.found_ahead)
         call.is_by_step |= every
         call.note(run)
         self._needs = names
@@ -232,7 +236,7 @@ class Log:
         run, self._needs = self._run, None
         if run is not None and run.began is None:
             is_waited_for = run.demanded or run.found_ahead or run.cleared is not None
-            run.began = self.now() if is_waited_for else run.asked
+            run.began = self._soon() if is_waited_for else run.asked
             run.weights_nbytes = self._nbytes
             if self._is_other:
                 self._read_peak(is_alone=False)
@@ -253,14 +257,25 @@ class Log:
             return
         if run.ended is None:
             run.ended = self.now()
-        else:
-            run.ended.record(run.stream)
+            return
+        if run.stream is None:
+            run.stream = self._backend.current_stream()
+        run.ended.record(run.stream)
 
     # ---- what moves
 
     def now(self) -> Any:
         """What the device does next is timed by this event; None if it keeps no time."""
         return self._backend.record_time() if self._backend.keeps_time else None
+
+    def _soon(self) -> Any:
+        """As `now`, for what is needed: its stream is known, and to ask for it costs the most."""
+        if self._stream is None:
+            return None
+        self._event = self._event or type(self.now())
+        event = self._event(enable_timing=True)
+        event.record(self._stream)
+        return event
 
     def sent(self, part: str, nbytes: int, pinned_nbytes: int, journey: tuple[Any, Any]) -> None:
         """A part was sent; `journey` has the events of its first byte and its last."""
@@ -285,7 +300,11 @@ class Log:
 
     def leaves(self, part: str) -> Any:
         """A part is about to leave the device: when; None if it is not there."""
-        return self.now() if part in self._resident else None
+        if part not in self._resident:
+            return None
+        if self._needs is not None and self._run is not None:  # it is noted already
+            return self._run.asked if self._run.cleared is None else self._run.cleared
+        return self.now()
 
     def forget(self, part: str) -> None:
         """A part is no more, and its memory on the device is free."""
@@ -301,7 +320,7 @@ class Log:
         cause, freed = self._cause, self._backend.transfer.now()
         if self._needs is not None and self._run is not None:
             cause = f"room for {self._run.part!r} and what follows it"
-            self._run.cleared = self.now()
+            self._run.cleared = self._soon()
         logger.debug("offload %s, %d bytes copied home: %s", part, copied_nbytes, cause)
         self._call().note(_Move(Offloaded, (part, nbytes, copied_nbytes), (began, freed), cause))
 
