@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import xml.etree.ElementTree as ET
+
 from greenroom.core.trace import Step
 from greenroom.forecast.forecast import forecast
 from greenroom.forecast.recording import Card, Cut, Recording
@@ -48,3 +50,11 @@ def test_what_casts_add_is_in_the_file() -> None:
     (old,) = (content := mine.to_dict())["cuts"]
     del old["cast"]  # as files of before have it
     assert Recording.from_dict(content).cuts[0].cast == {}
+
+
+def test_a_notebook_shows_the_tables_and_a_shell_a_line() -> None:
+    odd = Recording("<b>&", "float16", {}, CARD, None, (cut(16 * MIB, 3, MIB),))
+    told = forecast(odd, 16 * MIB)
+    (pre,) = ET.fromstring(f"<page>{told._repr_html_()}</page>")
+    assert (pre.tag, len(pre), pre.text) == ("pre", 0, str(told))
+    assert repr(told) == "<Forecast of <b>& on card within 16.0 MiB; print it>"

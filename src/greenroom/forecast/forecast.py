@@ -20,7 +20,7 @@ _HALVINGS = 4  # of the stretch of budgets in which it begins to cost nothing
 _POINTS = 10  # of the curve, besides those that mean something
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Forecast:
     """Whether a pipeline runs on a card within a budget, how fast, and why not faster.
 
@@ -118,6 +118,15 @@ class Forecast:
         from .show import as_text
 
         return as_text(self)
+
+    def __repr__(self) -> str:
+        where, budget = self.recording.card.name, format_bytes(self.asked.budget)
+        return f"<Forecast of {self.recording.pipeline} on {where} within {budget}; print it>"
+
+    def _repr_html_(self) -> str:
+        from ..columns import as_html
+
+        return as_html(str(self))
 
 
 def _point(point: Within) -> dict[str, Any]:

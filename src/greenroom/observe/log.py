@@ -16,6 +16,7 @@ they are noted here; what is sent after a call has returned comes after all that
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from ..device.backend import Backend
 
 logger = logging.getLogger("greenroom")
+
+# Causes that name a part, put into words when somebody asks.
+_AHEAD = "it is needed after {!r}, and there is room"
+_ROOM = "room for {!r} and what follows it"
 
 _CALLS = 4
 _MOST_EVENTS = 20_000  # in a call: a FLUX of 57 blocks that streams for 100 steps takes as many
@@ -70,13 +75,13 @@ class _Move:
     kind: type[Onloaded] | type[Offloaded]
     values: tuple[Any, ...]
     times: tuple[Any, ...]
-    cause: str
+    cause: str | tuple[str, str]  # a form of words, and the part that it is about
 
     def read(self, clock: Callable[[Any], float | None]) -> Onloaded | Offloaded:
         began, ended = map(clock, self.times)
         if self.kind is Offloaded and began is not None and ended is not None:
             began = min(began, ended)  # it was free before the device came to what had been queued
-        return self.kind(*(*self.values, began, ended, self.cause))
+        return self.kind(*(*self.values, began, ended, _said(self.cause)))
 
 
 @dataclass(eq=False)
@@ -157,7 +162,7 @@ class Log:
             self._calls.pop()  # nobody will ask for it
         call = _Raw(pipeline, owner, budget, self.now(), dict(self._resident))
         self._calls.append(call)
-        self._run, self._needs = None, None
+        self._run, self._needs, self._stream = None, None, None
         return call
 
     def returns(self) -> None:
@@ -219,8 +224,9 @@ class Log:
         self._is_other = run is None or run.component != component
         if self._is_other:
             self._read_peak()
-        call = self._call()
-        self._stream = self._backend.current_stream() if self._backend.keeps_time else None
+        call = self._open or self._call()
+        if (self._is_other or opens or self._stream is None) and self._backend.keeps_time:
+            self._stream = self._backend.current_stream()
         run = self._run = _Run(part, component, self._soon(), int(opens))
         run.beside_nbytes = beside_nbytes
         if self._unused:
@@ -269,7 +275,9 @@ class Log:
         return self._backend.record_time() if self._backend.keeps_time else None
 
     def _soon(self) -> Any:
-        """As `now`, for what is needed: its stream is known, and to ask for it costs the most."""
+        """As `now`, for what is needed. To ask for the stream costs more than all else of it, and
+        nobody changes it in the middle of a component's forward.
+        """
         if self._stream is None:
             return None
         self._event = self._event or type(self.now())
@@ -283,20 +291,22 @@ class Log:
             self._resident.setdefault(part, 0)
             return
         is_ahead = self._needs is None or part not in self._needs
-        cause = self._cause
+        cause: str | tuple[str, str] = self._cause
         if is_ahead:
             if self._needs is not None and self._run is not None:
-                cause = f"it is needed after {self._run.part!r}, and there is room"
+                cause = (_AHEAD, self._run.part)
         elif self._run is not None:
             self._run.demanded += (part,)
             cause = "it is needed now"
-        logger.debug("onload %s, %d bytes: %s", part, nbytes, cause)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("onload %s, %d bytes: %s", part, nbytes, _said(cause))
         self.forget(part)
         self._resident[part] = nbytes
         self._nbytes += nbytes
         if is_ahead:
             self._unused.add(part)
-        self._call().note(_Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), journey, cause))
+        call = self._open or self._call()
+        call.note(_Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), journey, cause))
 
     def leaves(self, part: str) -> Any:
         """A part is about to leave the device: when; None if it is not there."""
@@ -317,12 +327,15 @@ class Log:
         if nbytes is None:
             return  # it was not there
         self.forget(part)
-        cause, freed = self._cause, self._backend.transfer.now()
+        cause: str | tuple[str, str] = self._cause
+        freed = self._backend.transfer.now()
         if self._needs is not None and self._run is not None:
-            cause = f"room for {self._run.part!r} and what follows it"
+            cause = (_ROOM, self._run.part)
             self._run.cleared = self._soon()
-        logger.debug("offload %s, %d bytes copied home: %s", part, copied_nbytes, cause)
-        self._call().note(_Move(Offloaded, (part, nbytes, copied_nbytes), (began, freed), cause))
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("offload %s, %d bytes copied home: %s", part, copied_nbytes, _said(cause))
+        call = self._open or self._call()
+        call.note(_Move(Offloaded, (part, nbytes, copied_nbytes), (began, freed), cause))
 
     # ---- reading
 
@@ -447,6 +460,11 @@ def _summed_peak(call: _Raw) -> tuple[int | None, _Run | None]:
     return most
 
 
+def _said(cause: str | tuple[str, str]) -> str:
+    return cause if isinstance(cause, str) else cause[0].format(cause[1])
+
+
+@functools.cache
 def _component(part: str) -> str:
     """Whose a part is, so far as its name tells: ``"unet.mid_block#7"`` is of ``"unet"``."""
     return part.partition("#")[0].partition(".")[0]
