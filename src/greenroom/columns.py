@@ -13,13 +13,13 @@ from rich.table import Table
 
 @dataclass
 class Columns:
-    """Rows of cells under headings; the first column names the rows.
+    """Rows of cells under headings; the first column tells the rows apart.
 
-    left: headings whose cells are text; other cells but the first are numbers, and on the right.
+    right: headings whose cells are numbers; by default all but the first.
     """
 
     headings: Sequence[str]
-    left: Sequence[str] = ()
+    right: Sequence[str] | None = None
     rows: list[tuple[Sequence[str], str | None]] = field(default_factory=list)
     sections: set[int] = field(default_factory=set)
 
@@ -50,8 +50,8 @@ class Columns:
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for which in (0, *shown):
             heading = self.headings[which]
-            is_text = which == 0 or heading in self.left
-            table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+            is_number = which > 0 if self.right is None else heading in self.right
+            table.add_column(heading, justify="right" if is_number else "left", no_wrap=True)
         for number, (cells, style) in enumerate(self.rows):
             if number in self.sections:
                 table.add_section()

@@ -34,7 +34,7 @@ def show(facts: Facts, findings: Sequence[Finding]) -> None:
 
 
 def _devices(facts: Facts) -> Columns:
-    table = Columns(["device", "name", "free", "total"], left=["name"])
+    table = Columns(["device", "name", "free", "total"], right=["free", "total"])
     for device in facts.devices:
         table.add(device.device, device.name, _bytes(device.free_bytes), _bytes(device.total_bytes))
     return table
@@ -60,7 +60,7 @@ def _link(facts: Facts) -> Columns:
 
 def _rest(facts: Facts) -> Columns:
     host = facts.host
-    table = Columns(["host and software", ""], left=[""])
+    table = Columns(["host and software", ""], right=[])
     limit = host.cgroup_limit_bytes
     table.add(
         "host memory",

@@ -82,8 +82,8 @@ def _components(forecast: Forecast) -> Columns:
 
 
 def _budgets(forecast: Forecast) -> Columns:
-    spent = ("first call", "later call", "waits", "to device", "efficiency", "bound by", "")
-    table = Columns(["budget", *spent], left=("bound by", ""))
+    numbers = ("budget", "first call", "later call", "waits", "to device", "efficiency")
+    table = Columns([*numbers, "bound by", ""], right=numbers)
     for point in forecast.curve:
         table.add(
             format_bytes(point.budget),

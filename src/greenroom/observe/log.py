@@ -300,11 +300,12 @@ class Log:
             cause = "it is needed now"
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("onload %s, %d bytes: %s", part, nbytes, _said(cause))
-        self.forget(part)
+        self._nbytes += nbytes - self._resident.get(part, 0)
         self._resident[part] = nbytes
-        self._nbytes += nbytes
         if is_ahead:
             self._unused.add(part)
+        else:
+            self._unused.discard(part)
         call = self._open or self._call()
         call.note(_Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), journey, cause))
 
