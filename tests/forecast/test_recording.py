@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import sys
 import xml.etree.ElementTree as ET
 
+import pytest
+
 from greenroom.core.trace import Step
+from greenroom.errors import UsageError
+from greenroom.forecast import forecast_within
 from greenroom.forecast.forecast import forecast
 from greenroom.forecast.recording import Card, Cut, Recording
 
@@ -58,3 +65,34 @@ def test_a_notebook_shows_the_tables_and_a_shell_a_line() -> None:
     (pre,) = ET.fromstring(f"<page>{told._repr_html_()}</page>")
     assert (pre.tag, len(pre), pre.text) == ("pre", 0, str(told))
     assert repr(told) == "<Forecast of <b>& on card within 16.0 MiB; print it>"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("kind", "is_shown"), [(io.StringIO, False), (Terminal, True)])
+def test_progress_is_shown_where_there_is_somebody_to_see_it(
+    kind: type[io.StringIO], is_shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", kind())
+    forecast_within(recording(cut(16 * MIB, 3, MIB)), "16MiB")
+    assert ("planning" in sys.stderr.getvalue()) == is_shown  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ("80%", "nobody said how much memory nameless has"),
+        (None, "nobody said how much memory nameless has"),
+        ("auto", "which nobody knows before"),
+        ("12XB", "'12XB' is no size"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused(budget: str | None, said: str) -> None:
+    nameless = dataclasses.replace(CARD, name="nameless", memory_nbytes=None)
+    found = dataclasses.replace(recording(cut(16 * MIB, 3, MIB)), card=nameless)
+    with pytest.raises(UsageError, match=said):
+        forecast_within(found, budget)
+    assert forecast_within(found, "16MiB").fits
