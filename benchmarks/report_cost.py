@@ -216,7 +216,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 
 
 def show(small: dict[str, dict[str, Any]], published: dict[str, dict[str, Any]]) -> None:
-    console = Console(width=120)
+    console = Console(width=130)
     table = Table(
         title="a small pipeline, computed by the CPU",
         caption="processor time; medians, and in brackets the quartiles",
