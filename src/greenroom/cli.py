@@ -301,7 +301,7 @@ def plan(
         str,
         typer.Option(
             help="float16, bfloat16, float32, or auto: what the weights are stored in, else what "
-            "the configs say."
+            "the configs say, else float32."
         ),
     ] = "auto",
     output: Annotated[

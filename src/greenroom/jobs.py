@@ -292,11 +292,13 @@ def plan(
     else:
         _quieten()
 
-        def begin(chosen: str) -> None:
+        def begin(chosen: str, is_told: bool) -> None:
             _say(
                 f"building {model} in {chosen} from its configs, and calling it on a simulated card"
             )
-            if chosen == "float16" and dtype == "auto":
+            if not is_told:
+                _say("there are no weights, and no config tells their dtype: --dtype does")
+            elif chosen == "float16" and dtype == "auto":
                 _say("run and bench simulate it in float32: --dtype float32 plans for that")
 
         recording = record(

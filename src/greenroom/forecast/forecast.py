@@ -94,9 +94,11 @@ class Forecast:
         if asked.bound_by == "compute":
             hidden = "" if asked.h2d_nbytes == 0 else f"; {moved}, beside it"
             return f"It is bound by compute: the device hardly waits for weights{hidden}."
+        memory = self.recording.card.memory_nbytes
+        beyond = ", more than the device has," if memory and self.free.budget > memory else ""
         return (
             f"It is bound by the link: {moved}, and the device waits {seconds(asked.stalled_s)} "
-            f"for them. Within {format_bytes(self.free.budget)} it would not."
+            f"for them. Within {format_bytes(self.free.budget)}{beyond} it would not."
         )
 
     def draw(self, path: str | os.PathLike[str]) -> None:

@@ -44,7 +44,8 @@ def predict(
             components' configs.
         device: the card, one of `greenroom.sim.PROFILES`.
         budget: bytes of device memory, ``"12GiB"``, or ``"80%"`` of the card's; else all of it.
-        dtype: ``"float16"``, ``"bfloat16"``, ``"float32"``; ``"auto"``: as stored.
+        dtype: ``"float16"``, ``"bfloat16"``, ``"float32"``; ``"auto"``: as stored, without weights
+            what the configs say, and float32 if they do not.
         settings: arguments of the pipeline's call, ``{"num_inference_steps": 28}``.
 
     Raises:
@@ -63,12 +64,12 @@ def record(
     budget: int | str | None = None,
     dtype: str = "auto",
     settings: Mapping[str, Any] | None = None,
-    begin: Callable[[str], object] = lambda dtype: None,
+    begin: Callable[[str, bool], object] = lambda dtype, is_told: None,
 ) -> Recording:
     """Record a folder's pipeline on a simulated card, its parts cut for the budget and others.
 
-    `begin` is called with the weights' dtype when nothing that was asked is left to refuse, before
-    anything is built.
+    `begin` is called with the weights' dtype, and whether anybody told it, when nothing that was
+    asked is left to refuse and before anything is built.
 
     Raises:
         as `predict`.
@@ -87,9 +88,10 @@ def record(
     except ValueError as error:
         raise UsageError(str(error)) from error
     granted = granted_of(card, budget)
-    chosen = DTYPES.get(dtype) or dtype_of(folder)
+    told = DTYPES.get(dtype) or dtype_of(folder)
+    chosen = told or folder.stored_dtype
     name, said = folder.pipeline_class.__name__, str(chosen).removeprefix("torch.")
-    begin(said)
+    begin(said, told is not None)
     with simulator_as_before(), _bar(_CALLS, f"simulating {name}", "call") as bar:
         pipe = build(folder, chosen)
         recorder = Recorder(pipe, device, question.put_to, bar.update)

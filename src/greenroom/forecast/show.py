@@ -111,7 +111,7 @@ def _meaning(forecast: Forecast, point: Within) -> str:
         )
         if which.budget == budget
     ]
-    if not meanings and memory is not None and budget > memory:
+    if memory is not None and budget > memory:
         meanings.append("more than it has")
     return ", ".join(meanings)
 
