@@ -134,7 +134,8 @@ class Log:
         self._run: _Run | None = None
         self._resident: dict[str, int] = {}  # bytes of what is there or on its way
         self._nbytes = 0  # of all of it
-        self._unused: set[str] = set()  # sent, and not used yet
+        self._unused: set[str] = set()  # of it, sent ahead and not used yet
+        self._used: set[str] = set()  # all else of it
         self._needs: tuple[str, ...] | None = None  # of what is being brought
         self._stream: Any = None  # that it is brought for
         self._is_other = False  # whether another component runs than before
@@ -212,11 +213,7 @@ class Log:
         """
         run, component = self._run, _component(part)
         if run is not None and run.component == component and not (moves or every):
-            resident, unused = self._resident, self._unused
-            for name in names:
-                if name not in resident or name in unused:
-                    break
-            else:
+            if self._used.issuperset(names):
                 run.forwards += opens
                 if beside_nbytes is not None and beside_nbytes > (run.beside_nbytes or 0):
                     run.beside_nbytes = beside_nbytes
@@ -232,6 +229,7 @@ class Log:
         if self._unused:
             run.found_ahead = tuple([name for name in names if name in self._unused])
             self._unused.difference_update(run.found_ahead)
+            self._used.update(run.found_ahead)
         call.is_by_step |= every
         call.note(run)
         self._needs = names
@@ -241,8 +239,10 @@ class Log:
         """What is needed is there, or the device waits for it by itself."""
         run, self._needs = self._run, None
         if run is not None and run.began is None:
-            is_waited_for = run.demanded or run.found_ahead or run.cleared is not None
-            run.began = self._soon() if is_waited_for else run.asked
+            if run.demanded or run.found_ahead:
+                run.began = self._soon()
+            else:
+                run.began = run.asked if run.cleared is None else run.cleared
             run.weights_nbytes = self._nbytes
             if self._is_other:
                 self._read_peak(is_alone=False)
@@ -288,7 +288,9 @@ class Log:
     def sent(self, part: str, nbytes: int, pinned_nbytes: int, journey: tuple[Any, Any]) -> None:
         """A part was sent; `journey` has the events of its first byte and its last."""
         if nbytes == 0:  # it has no weights, or they are there
-            self._resident.setdefault(part, 0)
+            if part not in self._resident:
+                self._resident[part] = 0
+                self._used.add(part)
             return
         is_ahead = self._needs is None or part not in self._needs
         cause: str | tuple[str, str] = self._cause
@@ -304,8 +306,10 @@ class Log:
         self._resident[part] = nbytes
         if is_ahead:
             self._unused.add(part)
+            self._used.discard(part)
         else:
             self._unused.discard(part)
+            self._used.add(part)
         call = self._open or self._call()
         call.note(_Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), journey, cause))
 
@@ -321,6 +325,7 @@ class Log:
         """A part is no more, and its memory on the device is free."""
         self._nbytes -= self._resident.pop(part, 0)
         self._unused.discard(part)
+        self._used.discard(part)
 
     def came_home(self, part: str, copied_nbytes: int, began: Any) -> None:
         """A part left the device, and so many of its bytes were copied to the host."""
