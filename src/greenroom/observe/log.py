@@ -212,12 +212,12 @@ class Log:
             beside_nbytes: device memory that it is known to take besides weights.
         """
         run, component = self._run, _component(part)
-        if run is not None and run.component == component and not (moves or every):
-            if self._used.issuperset(names):
-                run.forwards += opens
-                if beside_nbytes is not None and beside_nbytes > (run.beside_nbytes or 0):
-                    run.beside_nbytes = beside_nbytes
-                return
+        goes_on = run is not None and run.component == component and not (moves or every)
+        if run is not None and goes_on and self._used.issuperset(names):
+            run.forwards += opens
+            if beside_nbytes is not None and beside_nbytes > (run.beside_nbytes or 0):
+                run.beside_nbytes = beside_nbytes
+            return
         self._is_other = run is None or run.component != component
         if self._is_other:
             self._read_peak()
