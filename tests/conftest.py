@@ -32,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rewrite-golden",
         action="store_true",
-        help="write what is ordered now to tests/golden/, instead of comparing",
+        help="write what is ordered now to tests/golden/, and what is printed now to the "
+        "documentation, instead of comparing",
     )
 
 

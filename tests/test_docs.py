@@ -2,6 +2,8 @@
 
 Every ``python`` block runs as a program of its own, unless the line ``<!-- not run -->`` stands
 above it. A block that opens with the name of a test file (``# test_offload.py``) is run by pytest.
+Under the line ``<!-- printed by the example above -->`` stands what an example prints;
+``pytest --rewrite-golden`` writes it.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ WITH_EXAMPLES = {
 }
 NOT_RUN = "<!-- not run -->"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(
+    r"\A[^`]*?<!-- printed by the example above -->\n```text\n(.*?)```$", re.MULTILINE | re.DOTALL
+)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -50,7 +55,13 @@ def blocks() -> list[pytest.param]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("page", "line", "code"), blocks())
 def test_an_example_runs(
-    page: str, line: int, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    line: int,
+    code: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    pytestconfig: pytest.Config,
 ) -> None:
     monkeypatch.chdir(tmp_path)  # what it writes
     if name := re.match(r"# (test_\w+\.py)\n", code):
@@ -68,6 +79,21 @@ def test_an_example_runs(
         # Empty lines in front, so that a traceback shows the page's own line numbers.
         padded = "\n" * (line - 1) + code
         exec(compile(padded, str(ROOT / page), "exec"), {"__name__": "example"})
+        check_printed(page, code, capsys.readouterr().out, pytestconfig)
+
+
+def check_printed(page: str, code: str, out: str, config: pytest.Config) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    after = text.index(code) + len(code) + len("```\n")
+    shown = PRINTED.match(text[after:])
+    if shown is None:
+        return
+    printed = "".join(f"{line.rstrip()}\n" for line in out.splitlines())
+    if config.getoption("rewrite_golden"):
+        begin, end = after + shown.start(1), after + shown.end(1)
+        (ROOT / page).write_text(text[:begin] + printed + text[end:], encoding="utf-8")
+    else:
+        assert printed == shown[1]
 
 
 def test_the_pages_have_examples() -> None:

@@ -1,6 +1,8 @@
 """The command line: what each command takes. What they do is elsewhere.
 
 Exit codes: 0 done, 1 something did not come out as it should, 2 wrong usage.
+
+Options that several commands have are defined once, above them.
 """
 
 from __future__ import annotations
@@ -10,12 +12,30 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn, Protocol
 
 import typer
+from typer.core import TyperGroup
+
+#: Of the parser's own refusals. Newer typers bring it along, older ones have click's.
+_ParserError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+class _Commands(TyperGroup):
+    """Refuses what it cannot parse in one sentence, as everything else is refused."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _parsing():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _parsing():  # of a command's own arguments
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
     name="greenroom",
+    cls=_Commands,
     help="Run PyTorch pipelines of several models on accelerators too small to hold them all.\n\n"
     "Exit codes: 0 done, 1 something did not come out as it should, 2 wrong usage.",
     no_args_is_help=True,
@@ -39,6 +59,29 @@ Simulate = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as JSON.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL_DIR", help="A folder with a diffusers pipeline.")
+]
+Steps = Annotated[int | None, typer.Option(min=1, help="Denoising steps.")]
+Size = Annotated[str | None, typer.Option(metavar="WxH", help="Width and height, e.g. 1024x1024.")]
+Side = Annotated[int | None, typer.Option(min=1, help="In pixels.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the random numbers.")]
+Calls = Annotated[int, typer.Option(min=1, help="How often to ask in each way.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="Any other argument of the pipeline's call, e.g. guidance_scale=3.5. Repeatable.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="float16, bfloat16, float32, or auto: what the weights are stored in, and float32 for "
+        "float16 on the simulator, whose kernels are the CPU's."
+    ),
+]
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -63,9 +106,7 @@ def _options(
 
 @app.command(short_help="Answer a prompt with a pipeline too large for the device.")
 def run(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL_DIR", help="A folder with a diffusers pipeline.")
-    ],
+    model: Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to ask it.")],
     device: Device = None,
     simulate: Simulate = None,
@@ -77,29 +118,14 @@ def run(
             "pipeline: room for its largest component, and for activations.",
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Width and height, e.g. 512x512.")
-    ] = None,
-    width: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
-    height: Annotated[int | None, typer.Option(min=1, help="In pixels.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any other argument of the pipeline's call, e.g. guidance_scale=3.5. Repeatable.",
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="float16, bfloat16, float32, or auto: what the weights are stored in, and "
-            "float32 for float16 on the simulator, whose kernels are the CPU's."
-        ),
-    ] = "auto",
-    calls: Annotated[int, typer.Option(min=1, help="How often to ask in each way.")] = 1,
+    steps: Steps = None,
+    size: Size = None,
+    width: Side = None,
+    height: Side = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+    dtype: Dtype = "auto",
+    calls: Calls = 1,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -136,8 +162,7 @@ def run(
             output=output,
             compares=compare,
         )
-    report.print(as_json=as_json)
-    raise typer.Exit(0 if report.is_sound else 1)
+    _finish(report, as_json)
 
 
 @app.command(short_help="Draw a picture in several ways of offloading, and compare.")
@@ -181,15 +206,12 @@ def demo(
         report = jobs.demo(
             prompt, device=device, simulate=simulate, capacity=capacity, output=output
         )
-    report.print(as_json=as_json)
-    raise typer.Exit(0 if report.is_sound else 1)
+    _finish(report, as_json)
 
 
 @app.command(short_help="Measure a pipeline in every way of offloading, side by side.")
 def bench(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL_DIR", help="A folder with a diffusers pipeline.")
-    ],
+    model: Model,
     prompt: Annotated[
         str | None, typer.Option(metavar="PROMPT", help="What to ask it; else the demo's.")
     ] = None,
@@ -209,27 +231,12 @@ def bench(
             "auto: what is free.",
         ),
     ] = "auto",
-    calls: Annotated[int, typer.Option(min=1, help="How often to ask in each way.")] = 2,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Width and height, e.g. 512x512.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any other argument of the pipeline's call, e.g. guidance_scale=3.5. Repeatable.",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="float16, bfloat16, float32, or auto: what the weights are stored in, and "
-            "float32 for float16 on the simulator, whose kernels are the CPU's."
-        ),
-    ] = "auto",
+    calls: Calls = 2,
+    steps: Steps = None,
+    size: Size = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure a pipeline in every way of offloading, side by side.
@@ -257,8 +264,7 @@ def bench(
             settings=jobs.call_settings(steps, size, None, None, settings or ()),
             calls=calls,
         )
-    report.print(as_json=as_json)
-    raise typer.Exit(0 if report.is_sound else 1)
+    _finish(report, as_json)
 
 
 @app.command(short_help="Predict whether a pipeline runs within a budget, and how fast.")
@@ -266,7 +272,7 @@ def plan(
     model: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[MODEL_DIR]",
+            metavar="MODEL_DIR",
             help="A folder with a diffusers pipeline. Its configs are enough; weights are not "
             "looked at.",
             show_default=False,
@@ -288,23 +294,14 @@ def plan(
             help='Device memory to run within: "12GiB", or "80%" of the card\'s. Else all it has.',
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
-    size: Annotated[
-        str | None, typer.Option(metavar="WxH", help="Width and height, e.g. 1024x1024.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="NAME=VALUE",
-            help="Any other argument of the pipeline's call, e.g. guidance_scale=3.5. Repeatable.",
-        ),
-    ] = None,
+    steps: Steps = None,
+    size: Size = None,
+    settings: Settings = None,
     dtype: Annotated[
         str,
         typer.Option(
             help="float16, bfloat16, float32, or auto: what the weights are stored in, else what "
-            "the configs say."
+            "the configs say, else float32."
         ),
     ] = "auto",
     output: Annotated[
@@ -424,8 +421,7 @@ def doctor(
         from .doctor import examine
 
         examination = examine(device, simulate)
-    examination.print(as_json=as_json)
-    raise typer.Exit(0 if examination.is_sound else 1)
+    _finish(examination, as_json)
 
 
 def _simulate(card: str, capacity: str | None, devices: int) -> None:
@@ -448,6 +444,34 @@ class _ScriptRequest(BaseException):
 def _refuse(sentence: str, code: int) -> NoReturn:
     print(f"greenroom: {sentence}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+class _Outcome(Protocol):
+    """What a command found, and whether all is well with it."""
+
+    @property
+    def is_sound(self) -> bool: ...
+
+    def print(self, *, as_json: bool) -> None: ...
+
+
+def _finish(outcome: _Outcome, as_json: bool) -> NoReturn:
+    outcome.print(as_json=as_json)
+    raise typer.Exit(0 if outcome.is_sound else 1)
+
+
+@contextlib.contextmanager
+def _parsing() -> Iterator[None]:
+    try:
+        yield
+    except _ParserError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise  # no refusal: it shows the help
+        said: Any = error
+        message = said.format_message().rstrip(".")
+        message = message[:1].lower() + message[1:].replace(": Input should", ": it should")
+        command = said.ctx.command_path if said.ctx is not None else "greenroom"
+        _refuse(f"{message}; {command} --help tells what there is", 2)
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def run(
         UsageError: what was asked cannot be. Nothing has been written.
         LoadError, SimulatorBuildError, OSError: what was asked did not come out.
     """
-    _quieten()
+    _quieten(shows_loading=True)
     check_output(output or Path("picture.png"))
     question = Question(prompt, seed, settings or {})
     subject = _look_into(model, question, device, simulate, capacity, dtype)
@@ -131,7 +131,7 @@ def bench(
         UsageError: what was asked cannot be.
         LoadError, SimulatorBuildError, OSError: what was asked did not come out.
     """
-    _quieten()
+    _quieten(shows_loading=True)
     read_budget(budget, 2**60)  # before anything is loaded
     question = Question(prompt, seed, settings or {})
     subject = _look_into(model, question, device, simulate, capacity, dtype)
@@ -181,6 +181,11 @@ def _look_into(
     place = find_place(device, simulate, capacity)
     chosen = DTYPES.get(dtype) or _dtype_for(place, folder)
     _say(f"loading {folder.pipeline_class.__name__} in {_name(chosen)} from {model}")
+    if dtype == "auto" and chosen != folder.stored_dtype:
+        _say(
+            f"its weights are stored in {_name(folder.stored_dtype)}, in which the simulator is "
+            f"slow: --dtype {_name(folder.stored_dtype)} computes in it all the same"
+        )
     first = folder.load(chosen)
     sizes = component_sizes(first)
     largest = max(sizes, key=sizes.__getitem__)
@@ -279,14 +284,30 @@ def plan(
         raise UsageError(f"the curve is drawn as a PNG: --output curve.png, not {str(output)!r}")
     if from_trace is not None:
         _refuse_beside_a_trace(model, card, dtype, settings)
+        if not from_trace.is_file():
+            raise UsageError(f"there is no trace {str(from_trace)!r}: --save-trace writes one")
         recording = Recording.load(from_trace)
     elif model is None:
         raise UsageError("name the pipeline's folder, MODEL_DIR, or a trace: --from-trace FILE")
     else:
         _quieten()
-        _say(f"building {model} from its configs, and calling it on a simulated card")
+
+        def begin(chosen: str, is_told: bool) -> None:
+            _say(
+                f"building {model} in {chosen} from its configs, and calling it on a simulated card"
+            )
+            if not is_told:
+                _say("there are no weights, and no config tells their dtype: --dtype does")
+            elif chosen == "float16" and dtype == "auto":
+                _say("run and bench simulate it in float32: --dtype float32 plans for that")
+
         recording = record(
-            model, device=card or DEFAULT_PROFILE, budget=budget, dtype=dtype, settings=settings
+            model,
+            device=card or DEFAULT_PROFILE,
+            budget=budget,
+            dtype=dtype,
+            settings=settings,
+            begin=begin,
         )
     found = forecast_within(recording, budget)
     if save_trace is not None:
@@ -452,8 +473,11 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _quieten() -> None:
-    """Keep the libraries' notes about other things out of our output."""
+def _quieten(*, shows_loading: bool = False) -> None:
+    """Keep the libraries' notes about other things out of our output.
+
+    Their progress bars as well, but for those of loading something large, on a terminal.
+    """
     warnings.simplefilter("ignore")
     try:
         from diffusers.utils import logging as diffusers_logging
@@ -465,4 +489,5 @@ def _quieten() -> None:
         ) from error
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        if not shows_loading or not sys.stderr.isatty():
+            logging.disable_progress_bar()

@@ -158,12 +158,19 @@ def _simulated(device: str, profile: str, capacity: str | None) -> Place:
 
     index = _parse(device).index or 0
     try:
-        room = None if capacity is None else parse_bytes(capacity)
+        room = None if capacity is None else _room(capacity)
         place = Place(torch.device("sim", index), profile, room)
         place.prepare()
     except ValueError as error:
         raise UsageError(str(error)) from error
     return place
+
+
+def _room(capacity: str) -> int:
+    try:
+        return parse_bytes(capacity)
+    except ValueError as error:
+        raise ValueError(f"capacity={capacity!r}: {error}") from error
 
 
 def _parse(name: str) -> torch.device:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from .columns import Columns
 from .compare import Row
 from .core.units import format_bytes
 
@@ -21,13 +20,12 @@ def print_rows(rows: Sequence[Row], title: str, *, are_virtual: bool) -> None:
     calls = max((len(row.call_seconds) for row in rows), default=1)
     time = "times are virtual" if are_virtual else "times are by the clock"
     of = "of a call" if calls <= 1 else "of the last call"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("way", no_wrap=True)
     headings = ["a call"] if calls <= 1 else [f"call {number}" for number in range(1, calls + 1)]
-    for heading in ("to enable", *headings, "peak", "to device", "to host", "races", "same"):
-        table.add_column(heading, justify="right")
+    table = Columns(
+        ["way", "to enable", *headings, "peak", "to device", "to host", "races", "same"]
+    )
     for row in rows:
-        table.add_row(row.way, *cells(row, max(calls, 1)))
+        table.add(row.way, *cells(row, max(calls, 1)))
     # What is no terminal has no width of its own; the table needs about a hundred columns.
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     console.print(title)

@@ -123,6 +123,8 @@ def test_the_first_call_is_a_first_call_each_time(
         (["--budget", "plenty"], "budget='plenty'"),
         (["--budget", "0"], "budget=0"),
         (["--budget", "120%"], "at most 100 %"),
+        (["--steps", "0"], "invalid value for '--steps'"),
+        (["--calls", "none"], "invalid value for '--calls'"),
         (["--dtype", "int8"], "there is no dtype 'int8'"),
         (["--simulate", "rtx-1"], "no profile is called 'rtx-1'"),
         (["--device", "cpu"], "there is no accelerator 'cpu'"),

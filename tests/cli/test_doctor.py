@@ -169,6 +169,8 @@ def test_a_real_device_is_measured_several_times_and_the_best_is_told() -> None:
         (["--simulate", "rtx-1"], "no profile is called 'rtx-1'"),
         (["--device", "cuda:7"], "there is no accelerator 'cuda:7'"),
         (["--device", "toaster"], "there is no accelerator 'toaster'"),
+        (["--fast"], "no such option: --fast"),
+        (["here"], "unexpected extra argument"),
     ],
 )
 def test_wrong_usage(arguments: list[str], reason: str, greenroom_command: Command) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli.usage import BRIEF, Command, Done, Saved
 from PIL import Image
 
-from greenroom.core.units import parse_bytes
 from greenroom.model_folder import open_folder
+from greenroom.zoo import tiny
 
 
 def report(done: Done) -> dict[str, Any]:
@@ -65,14 +67,11 @@ def test_too_small_a_budget_exits_with_1_and_says_the_smallest_that_would_do(
     done = greenroom_command(*call, "--budget", "100KiB")
     assert done.code == 1
     assert "It does not run within 100.0 KiB" in done.out
-    (smallest,) = [
-        line.split("within is ")[1].rstrip(".").split()[0].rstrip(".")
-        for line in done.out.replace("\n", " ").split("The smallest budget that it runs ")[1:]
-    ]
+    (smallest,) = re.findall(r"within is \S+ \S+ \(--budget (\d+)\)", " ".join(done.out.split()))
     again = greenroom_command(*call, "--budget", smallest, "--json")
     assert again.code == 0, smallest
     # Its parts are cut finer for a smaller budget, so a little less may do; half of it does not.
-    less = greenroom_command(*call, "--budget", str(parse_bytes(smallest) // 2), "--json")
+    less = greenroom_command(*call, "--budget", int(smallest) // 2, "--json")
     assert less.code == 1 and not report(less)["fits"]
 
 
@@ -105,7 +104,34 @@ def test_the_table_answers_whether_how_fast_and_why_not_faster(
     assert "It runs: the first call takes" in done.out
     assert "It is bound by compute" in done.out
     assert "asked for" not in done.out or "all stays" in done.out
-    assert "smallest budget that runs:" in done.out
+    assert re.search(r"smallest budget that runs: \S+ [KM]iB \(--budget \d+\)", done.out)
+    assert "first call: from an empty device" in done.out
+    assert len(done.err.splitlines()) == 1  # what it is at, and no progress where nobody sees it
+
+
+@pytest.mark.slow
+def test_what_run_and_bench_compute_in_is_pointed_at_where_it_is_another_dtype(
+    greenroom_command: Command, tmp_path: Path
+) -> None:
+    tiny("sd", dtype=torch.float16).save_pretrained(tmp_path / "halves")
+    call = ["plan", tmp_path / "halves", "--steps", 1]
+    assert "--dtype float32 plans for that" in greenroom_command(*call).err
+    assert "run and bench" not in greenroom_command(*call, "--dtype", "float16").err
+
+
+@pytest.mark.slow
+def test_where_nobody_tells_the_dtype_it_is_said(greenroom_command: Command, configs: Any) -> None:
+    folder = configs("sd")
+    for file in folder.glob("*/config.json"):
+        content = json.loads(file.read_text())
+        file.write_text(json.dumps({k: v for k, v in content.items() if "dtype" not in k}))
+    done = greenroom_command("plan", folder, "--steps", 1, "--json")
+    assert report(done)["dtype"] == "float32"
+    assert done.err.splitlines()[1:] == [
+        "there are no weights, and no config tells their dtype: --dtype does"
+    ]
+    done = greenroom_command("plan", folder, "--steps", 1, "--dtype", "bfloat16")
+    assert "no config" not in done.err
 
 
 @pytest.mark.slow
@@ -195,7 +221,13 @@ def test_a_tokenizer_that_is_not_there_is_replaced(
         (["{sd}", "--simulate", "rtx-4090", "--budget", "a lot"], "is no size"),
         (["{sd}", "--simulate", "rtx-4090", "--budget", "0"], "leaves no memory"),
         (["{sd}", "--simulate", "rtx-4090", "--budget", "48GiB"], "rtx-4090 has 24.0 GiB"),
+        (["{sd}", "--simulate", "rtx-4090", "--budget", "auto"], "which nobody knows before"),
+        (["{sd}", "--simulate", "rtx-4090", "--budget", "120%"], "at most 100 %"),
         (["{sd}", "--dtype", "int3"], "there is no dtype 'int3'"),
+        (["{sd}", "--steps", "0"], "invalid value for '--steps'"),
+        (["{sd}", "--nothing"], "no such option: --nothing"),
+        (["{sd}", "--budget"], "requires an argument"),
+        (["--from-trace", "no-such-file.json"], "there is no trace 'no-such-file.json'"),
         (["{sd}", "--set", "colour=red"], "has no setting 'colour'"),
         (["{sd}", "--size", "large"], "--size is width x height"),
         (["{sd}", "-o", "curve.gif"], "drawn as a PNG"),
@@ -209,7 +241,8 @@ def test_wrong_usage_exits_with_2_and_a_sentence(
 ) -> None:
     done = greenroom_command("plan", *(a.format(sd=saved("sd")) for a in arguments))
     assert done.code == 2 and done.out == ""
-    assert said in done.err and done.err.splitlines()[-1].startswith("greenroom: ")
+    (line,) = done.err.splitlines()  # nothing was begun
+    assert line.startswith("greenroom: ") and said in line
     assert list(Path().glob("*.*")) == []
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +151,7 @@ def test_a_pipeline_saved_in_halves_under_a_variant_is_loaded(
     done = greenroom_command("run", folder, "a red circle", "--steps", 1, "--json")
     # Computed by the CPU's kernels, which are slow in float16.
     assert report(done)["dtype"] == "float32"
+    assert "--dtype float16 computes in it all the same" in done.err
     done = greenroom_command(
         "run", folder, "a red circle", "--steps", 1, "--json", "--dtype", "bfloat16"
     )
@@ -167,6 +170,8 @@ WRONG = {
     "no accelerator": (["--device", "cpu"], None, "there is no accelerator 'cpu'"),
     "card": (["--simulate", "rtx-1"], None, "no profile is called 'rtx-1'"),
     "capacity": (["--capacity", "plenty"], None, "'plenty' is no size"),
+    "steps": (["--steps", "0"], None, "invalid value for '--steps': it should be greater"),
+    "no such option": (["--nothing"], None, "no such option: --nothing"),
     "dtype": (["--dtype", "int8"], None, "there is no dtype 'int8'"),
     "size": (["--size", "512"], None, "not '512'"),
     "size twice": (["--size", "32x32", "--width", "32"], None, "leave out --width"),
@@ -227,6 +232,19 @@ def test_what_a_class_needs_is_known_before_its_weights_are_loaded(
         assert "loading" not in done.err
     index.write_text("{", encoding="utf-8")
     assert "does not say what pipeline it is" in greenroom_command("run", tmp_path, "x").err
+
+
+@pytest.mark.parametrize("is_seen", [False, True])
+def test_loading_shows_its_progress_where_there_is_somebody_to_see_it(
+    is_seen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_seen)
+    diffusers.utils.logging.enable_progress_bar()
+    jobs._quieten(shows_loading=True)
+    assert diffusers.utils.logging.is_progress_bar_enabled() == is_seen
+    jobs._quieten()  # the demo loads what is small, seven times
+    assert not diffusers.utils.logging.is_progress_bar_enabled()
 
 
 def test_a_broken_folder_is_one_sentence_and_exit_code_1(

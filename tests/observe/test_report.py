@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import io
 import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from observe.calls import MIB, PARTS, report, streamed
 from offload.own import Chain
 from offload.small import Small
+from rich.console import Console
 from torch import nn
 
 import greenroom
@@ -19,8 +23,9 @@ import greenroom.sim as sim
 from greenroom.core.bound import Start, lower_bound
 from greenroom.core.units import parse_bytes
 from greenroom.grant import smallest_for
-from greenroom.observe.account import ComponentReport, Report, make_report
+from greenroom.observe.account import ComponentReport, PartFacts, Report, make_report
 from greenroom.observe.events import Call
+from greenroom.observe.mapped import nbytes_in, ranges_now
 from greenroom.zoo import call_kwargs, tiny
 
 
@@ -82,11 +87,65 @@ def test_the_table_and_the_plain_values_say_the_same() -> None:
     (row,) = [line.split() for line in text.splitlines() if line.startswith(" unet ")]
     assert " ".join(row) == "unet 4.0 MiB 1 4.00 s 3.00 s 3.0 MiB 3.0 MiB 0 1 1 25%"
     assert "\x1b" not in text and "efficiency" not in text
-    assert made._repr_html_().startswith("<pre") and "unet" in made._repr_html_()
+    assert "host memory of the weights: 3.0 MiB page-locked, 3.0 MiB pageable" in text
     values = json.loads(json.dumps(made.to_dict()))
     assert values["peak_nbytes"] == 7 * MIB and values["efficiency"] is None
     assert [c["name"] for c in values["components"]] == ["encoder", "unet"]
     assert "events" not in values and values["resident_nbytes"] == 4 * MIB
+
+
+def test_a_notebook_shows_the_table_and_no_name_breaks_the_page() -> None:
+    odd = dataclasses.replace(streamed(), pipeline="</pre><script>alert(1)</script>&")
+    shown = make_report(odd, PARTS)._repr_html_()
+    (pre,) = ET.fromstring(f"<page>{shown}</page>")  # nothing but one element, and text in it
+    assert (pre.tag, len(pre)) == ("pre", 0)
+    assert pre.text == str(make_report(odd, PARTS)) and "unet" in pre.text
+
+
+def test_a_shell_shows_a_line_and_not_every_event() -> None:
+    assert repr(report()) == "<Report of Pipeline on sim:0, returned; print it>"
+
+
+def test_a_narrow_terminal_gets_the_table_in_pieces_that_lack_nothing() -> None:
+    printed = {}
+    for width in (200, 60, 30):
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        console.print(report())
+        printed[width] = console.file.getvalue()  # type: ignore[attr-defined]
+    wide, half, narrow = printed.values()
+    assert wide.count("component") == 1 and half.count("component") == 2 < narrow.count("component")
+    for text in printed.values():
+        assert "…" not in text
+        for heading in ("weights", "forwards", "compute", "waited", "to device", "on demand"):
+            assert text.count(heading) >= 1
+    assert max(map(len, half.splitlines())) <= 60
+
+
+def test_host_memory_is_told_by_its_kinds() -> None:
+    parts = {**PARTS, "unet.up": PartFacts("unet", 3 * MIB, 0, 2 * MIB)}
+    made = make_report(streamed(), parts)
+    row = made.components[1]
+    kinds = (row.host_pinned_nbytes, row.host_pageable_nbytes, row.host_mapped_nbytes)
+    assert kinds == (MIB, MIB, 2 * MIB) and row.unlocked_nbytes == 3 * MIB
+    assert "3.0 MiB page-locked, 1.0 MiB pageable, 2.0 MiB mapped from files" in str(made)
+
+
+def test_weights_that_a_file_is_mapped_for_are_told_so(tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(bytes(2**20))
+    mapped = torch.from_file(str(tmp_path / "weights"), shared=False, size=2**18)
+    assert nbytes_in(
+        ranges_now(), [(mapped.data_ptr(), 2**20), (torch.ones(9).data_ptr(), 36)]
+    ) == (2**20)
+    pipe = Chain(first=nn.Linear(512, 512, bias=False), second=nn.Linear(512, 512, bias=False))
+    pipe.first.weight.data = mapped.view(512, 512)
+    greenroom.enable_model_cpu_offload(pipe, device="sim")
+    with torch.no_grad():
+        pipe(torch.ones(2, 512))
+    rows = {row.name: row for row in greenroom.report(pipe).components}
+    # At most as long as it lies where it was found.
+    assert rows["first"].host_mapped_nbytes in (0, 2**20)
+    assert rows["second"].host_mapped_nbytes == 0
+    assert ranges_now(tmp_path / "no such list") == []
 
 
 def test_efficiency_is_told_where_the_lower_bound_is_known() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import json
 import os
 import re
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from observe.calls import MIB, report
+from observe.calls import MIB, PARTS, report
 
 import greenroom
 from greenroom import observe
+from greenroom.observe.account import make_report
+from greenroom.observe.events import Ran
+from greenroom.observe.timeline import trace_of
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 
@@ -67,6 +71,29 @@ def test_each_component_has_a_counter_of_bytes(trace: list[dict[str, Any]]) -> N
 
 
 LAST = ("besides weights", "budget")
+
+
+def test_bars_of_a_lane_never_overlap_whatever_times_are_rounded_to() -> None:
+    # Perfetto takes a lane's bars for calls of one another, and drops what is neither in nor after.
+    third = 1e-6 / 3
+    runs = tuple(
+        Ran("unet", 1, i * third, i * third, (i + 0.4) * third, (i + 1) * third) for i in range(50)
+    )
+    call = dataclasses.replace(report().call, events=runs, seconds=50 * third)
+    events = trace_of({"": make_report(call, PARTS)})["traceEvents"]
+    assert all(
+        set(e) >= {"ph", "pid", "name"} and (e["ph"] == "M" or isinstance(e["ts"], float | int))
+        for e in events
+    )
+    bars = sorted((e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X")
+    assert len(bars) == 100 and all(dur >= 0 for *_, dur in bars)
+    for (lane, ts, dur), (other, next_ts, _) in itertools.pairwise(bars):
+        assert lane != other or round(ts + dur, 3) <= next_ts
+    counters: dict[str, float] = {}
+    for e in events:
+        if e["ph"] == "C":
+            assert e["ts"] >= counters.get(e["name"], 0.0) and e["args"]["bytes"] >= 0
+            counters[e["name"]] = e["ts"]
 
 
 def test_the_page_asks_no_server_and_no_name_breaks_it(tmp_path: Path) -> None:

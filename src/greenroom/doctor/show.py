@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from ..columns import Columns
 from ..core.units import format_bytes
 from .judge import Facts, Finding, Level
 
@@ -34,62 +33,48 @@ def show(facts: Facts, findings: Sequence[Finding]) -> None:
         console.print(Text("nothing is wrong", style="bold green"))
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    return table
-
-
-def _devices(facts: Facts) -> Table:
-    table = _table("device", "name", "free", "total")
-    table.columns[1].justify = "left"
+def _devices(facts: Facts) -> Columns:
+    table = Columns(["device", "name", "free", "total"], right=["free", "total"])
     for device in facts.devices:
-        table.add_row(
-            device.device, device.name, _bytes(device.free_bytes), _bytes(device.total_bytes)
-        )
+        table.add(device.device, device.name, _bytes(device.free_bytes), _bytes(device.total_bytes))
     return table
 
 
-def _link(facts: Facts) -> Table:
+def _link(facts: Facts) -> Columns:
     assert facts.link is not None
     link, locking = facts.link, facts.page_locking
     by = "virtual" if facts.simulated is not None else "measured"
-    table = _table(
-        f"{facts.device}, {by}, copies of {format_bytes(link.copied_bytes)}",
-        "page-locked",
-        "pageable",
-    )
-    table.add_row(
+    what = f"{facts.device}, {by}, copies of {format_bytes(link.copied_bytes)}"
+    table = Columns([what, "page-locked", "pageable"])
+    table.add(
         "to the device", _speed(link.h2d_pinned_bytes_per_s), _speed(link.h2d_pageable_bytes_per_s)
     )
-    table.add_row(
+    table.add(
         "to the host", _speed(link.d2h_pinned_bytes_per_s), _speed(link.d2h_pageable_bytes_per_s)
     )
     if locking is not None:
         speed = "refused" if locking.bytes_per_s is None else _speed(locking.bytes_per_s)
-        table.add_row("page-locking where it lies", speed, "")
+        table.add("page-locking where it lies", speed, "")
     return table
 
 
-def _rest(facts: Facts) -> Table:
+def _rest(facts: Facts) -> Columns:
     host = facts.host
-    table = _table("host and software", "")
-    table.columns[1].justify = "left"
+    table = Columns(["host and software", ""], right=[])
     limit = host.cgroup_limit_bytes
-    table.add_row(
+    table.add(
         "host memory",
         f"{format_bytes(host.available_bytes)} available of {format_bytes(host.total_bytes)}",
     )
-    table.add_row("control group's limit", "none" if limit is None else format_bytes(limit))
+    table.add("control group's limit", "none" if limit is None else format_bytes(limit))
     locked = host.memlock_limit_bytes
-    table.add_row("ulimit -l", "unlimited" if locked is None else format_bytes(locked))
+    table.add("ulimit -l", "unlimited" if locked is None else format_bytes(locked))
     if host.is_wsl:
-        table.add_row("WSL", "yes")
-    table.add_row("driver", facts.driver or "none found")
+        table.add("WSL", "yes")
+    table.add("driver", facts.driver or "none found")
     for name, version in facts.versions.items():
         built = f", built for {facts.built_for or 'the CPU'}" if name == "torch" else ""
-        table.add_row(name, f"{version}{built}" if version is not None else "not installed")
+        table.add(name, f"{version}{built}" if version is not None else "not installed")
     return table
 
 

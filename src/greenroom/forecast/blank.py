@@ -30,8 +30,11 @@ _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torc
 _LONGEST_T5 = 32100  # entries; UMT5's 256,300 would be made for nothing
 
 
-def dtype_of(folder: ModelFolder) -> torch.dtype:
-    """What the weights are stored in, and without weights what the configs say most often."""
+def dtype_of(folder: ModelFolder) -> torch.dtype | None:
+    """What the weights are stored in, and without weights what the configs say most often.
+
+    None: neither tells.
+    """
     if any(folder.path.glob("*/*.safetensors")):
         return folder.stored_dtype
     said = []
@@ -39,7 +42,7 @@ def dtype_of(folder: ModelFolder) -> torch.dtype:
         config = _read(file)
         said.append(_STORED.get(str(config.get("dtype") or config.get("torch_dtype"))))
     known = [dtype for dtype in said if dtype is not None]
-    return max(known, key=known.count) if known else folder.stored_dtype
+    return max(known, key=known.count) if known else None
 
 
 def build(folder: ModelFolder, dtype: torch.dtype) -> Any:

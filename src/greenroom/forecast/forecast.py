@@ -20,7 +20,7 @@ _HALVINGS = 4  # of the stretch of budgets in which it begins to cost nothing
 _POINTS = 10  # of the curve, besides those that mean something
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Forecast:
     """Whether a pipeline runs on a card within a budget, how fast, and why not faster.
 
@@ -94,9 +94,11 @@ class Forecast:
         if asked.bound_by == "compute":
             hidden = "" if asked.h2d_nbytes == 0 else f"; {moved}, beside it"
             return f"It is bound by compute: the device hardly waits for weights{hidden}."
+        memory = self.recording.card.memory_nbytes
+        beyond = ", more than the device has," if memory and self.free.budget > memory else ""
         return (
             f"It is bound by the link: {moved}, and the device waits {seconds(asked.stalled_s)} "
-            f"for them. Within {format_bytes(self.free.budget)} it would not."
+            f"for them. Within {format_bytes(self.free.budget)}{beyond} it would not."
         )
 
     def draw(self, path: str | os.PathLike[str]) -> None:
@@ -118,6 +120,15 @@ class Forecast:
         from .show import as_text
 
         return as_text(self)
+
+    def __repr__(self) -> str:
+        where, budget = self.recording.card.name, format_bytes(self.asked.budget)
+        return f"<Forecast of {self.recording.pipeline} on {where} within {budget}; print it>"
+
+    def _repr_html_(self) -> str:
+        from ..columns import as_html
+
+        return as_html(str(self))
 
 
 def _point(point: Within) -> dict[str, Any]:
@@ -181,7 +192,8 @@ def most_points() -> int:
 
 def _smallest(recording: Recording, at: Callable[[int], Within]) -> Within:
     """The smallest budget within which it runs, of the cuts that were recorded."""
-    budget = min(cut.least for cut in recording.cuts)
+    least = sorted(cut.least for cut in recording.cuts)
+    budget = next((nbytes for nbytes in least if at(nbytes).fits), least[-1])
     while not at(budget).fits:
         budget += max(budget // 16, 1)
     return at(budget)
@@ -213,11 +225,8 @@ def seconds(spent: float | None) -> str:
 
 
 def exactly(nbytes: int) -> str:
-    """A budget that is at least so many bytes, in a form that --budget takes."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if nbytes >= 10 * size or (unit == "GiB" and nbytes >= size):
-            return f"{-(-nbytes * 100 // size) / 100:.2f}{unit}"
-    return f"{nbytes}"
+    """A budget as people read it, and as --budget takes it to the byte."""
+    return f"{format_bytes(nbytes)} (--budget {nbytes})"
 
 
 def settings_said(settings: Mapping[str, Any]) -> str:

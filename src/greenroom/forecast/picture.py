@@ -92,26 +92,15 @@ def _mark_budgets(axes: Axes, forecast: Forecast, unit: int, time: float) -> Non
     asked, smallest, memory = forecast.asked, forecast.smallest, forecast.recording.card
     axes.axvspan(0, smallest.budget / unit, color="#E4E6E9", linewidth=0, zorder=0)
     if asked.fits:
-        colour = BUDGET_COLOUR
-        axes.axvline(asked.budget / unit, color=colour, linewidth=1.2, linestyle=(0, (5, 2)))
-        axes.annotate(
-            f"asked for: {format_bytes(asked.budget)}, {seconds(asked.later_s)}",
-            (asked.budget / unit, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(5, -12),
-            textcoords="offset points",
-            color=colour,
-            fontsize=8,
-        )
-    above: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "va": "top"}
-    axes.annotate(
+        said = f"asked for: {format_bytes(asked.budget)}, {seconds(asked.later_s)}"
+        _mark_line(axes, asked.budget / unit, said, row=0, color=BUDGET_COLOUR, dashes=(5, 2))
+    _write(
+        axes,
         f"does not run\nbelow {format_bytes(smallest.budget)}",
         (smallest.budget / unit / 2, 0),
-        xycoords=("data", "data"),
         xytext=(0, 60),
         ha="center",
         rotation=90 if smallest.budget < 0.12 * forecast.resident.budget else 0,
-        **above,
     )
     free = forecast.free
     if smallest.budget < free.budget:
@@ -126,23 +115,37 @@ def _mark_budgets(axes: Axes, forecast: Forecast, unit: int, time: float) -> Non
             linestyle="none",
             zorder=5,
         )
-        axes.annotate(
+        _write(
+            axes,
             f"costs nothing from\n{format_bytes(free.budget)} on",
             (free.budget / unit, free.later_s / time),
             xytext=(0, -10),
             ha="center",
-            **above,
         )
     if memory.memory_nbytes is not None and memory.memory_nbytes < forecast.curve[-1].budget:
-        axes.axvline(memory.memory_nbytes / unit, color="#666666", linewidth=1)
-        axes.annotate(
-            f"{memory.name} has {format_bytes(memory.memory_nbytes)}",
-            (memory.memory_nbytes / unit, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(5, -26),
-            color="#444444",
-            **above,
-        )
+        said = f"{memory.name} has {format_bytes(memory.memory_nbytes)}"
+        _mark_line(axes, memory.memory_nbytes / unit, said, row=1, color="#555555")
+
+
+def _mark_line(
+    axes: Axes, at: float, said: str, *, row: int, color: str, dashes: tuple[int, ...] = ()
+) -> None:
+    """A line at a budget, and beside its top what it means, in the first or second row there."""
+    axes.axvline(at, color=color, linewidth=1.2, linestyle=(0, dashes or None))
+    near_the_end = at > 0.75 * axes.get_xlim()[1]
+    _write(
+        axes,
+        said,
+        (at, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(-5 if near_the_end else 5, -4 - 14 * row),
+        ha="right" if near_the_end else "left",
+        color=color,
+    )
+
+
+def _write(axes: Axes, said: str, at: tuple[float, float], **where: Any) -> None:
+    axes.annotate(said, at, textcoords="offset points", fontsize=8, va="top", **where)
 
 
 def _title(forecast: Forecast) -> str:

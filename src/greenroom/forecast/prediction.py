@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
-from ..core.units import format_bytes, parse_bytes
+from ..core.units import format_bytes
 from ..errors import UsageError
+from ..grant import AUTO, read_budget
 from ..model_folder import DTYPES, open_folder
 from ..question import Question
 from .forecast import Forecast, forecast, most_points
@@ -43,7 +44,8 @@ def predict(
             components' configs.
         device: the card, one of `greenroom.sim.PROFILES`.
         budget: bytes of device memory, ``"12GiB"``, or ``"80%"`` of the card's; else all of it.
-        dtype: ``"float16"``, ``"bfloat16"``, ``"float32"``; ``"auto"``: as stored.
+        dtype: ``"float16"``, ``"bfloat16"``, ``"float32"``; ``"auto"``: as stored, without weights
+            what the configs say, and float32 if they do not.
         settings: arguments of the pipeline's call, ``{"num_inference_steps": 28}``.
 
     Raises:
@@ -62,8 +64,12 @@ def record(
     budget: int | str | None = None,
     dtype: str = "auto",
     settings: Mapping[str, Any] | None = None,
+    begin: Callable[[str, bool], object] = lambda dtype, is_told: None,
 ) -> Recording:
     """Record a folder's pipeline on a simulated card, its parts cut for the budget and others.
+
+    `begin` is called with the weights' dtype, and whether anybody told it, when nothing that was
+    asked is left to refuse and before anything is built.
 
     Raises:
         as `predict`.
@@ -82,12 +88,11 @@ def record(
     except ValueError as error:
         raise UsageError(str(error)) from error
     granted = granted_of(card, budget)
-    chosen = DTYPES.get(dtype) or dtype_of(folder)
+    told = DTYPES.get(dtype) or dtype_of(folder)
+    chosen = told or folder.stored_dtype
     name, said = folder.pipeline_class.__name__, str(chosen).removeprefix("torch.")
-    with (
-        simulator_as_before(),
-        tqdm(total=_CALLS, desc=f"simulating {name}", unit="call", leave=False) as bar,
-    ):
+    begin(said, told is not None)
+    with simulator_as_before(), _bar(_CALLS, f"simulating {name}", "call") as bar:
         pipe = build(folder, chosen)
         recorder = Recorder(pipe, device, question.put_to, bar.update)
         try:
@@ -111,8 +116,13 @@ def forecast_within(recording: Recording, budget: int | str | None) -> Forecast:
         UsageError: there is no such budget.
     """
     granted = granted_of(recording.card, budget)
-    with tqdm(total=most_points(), desc="planning", unit="budget", leave=False) as bar:
+    with _bar(most_points(), "planning", "budget") as bar:
         return forecast(recording, granted, bar.update)
+
+
+def _bar(total: int, doing: str, unit: str) -> Any:
+    """A progress bar on standard error, where there is somebody to see it."""
+    return tqdm(total=total, desc=doing, unit=unit, leave=False, disable=None)
 
 
 def granted_of(card: Card, budget: int | str | None) -> int:
@@ -122,19 +132,18 @@ def granted_of(card: Card, budget: int | str | None) -> int:
         UsageError: it is no size, or more than the card has.
     """
     memory = card.memory_nbytes
-    try:
-        if budget is None or (isinstance(budget, str) and budget.strip().endswith("%")):
-            if memory is None:
-                raise ValueError(f"nobody said how much memory {card.name} has; give bytes")
-            share = 100.0 if budget is None else float(str(budget).strip()[:-1])
-            if not 0 < share <= 100:
-                raise ValueError("a share is above 0 and at most 100 %")
-            return int(memory * share / 100)
-        granted = parse_bytes(budget)
-    except ValueError as error:
-        raise UsageError(f"budget={budget!r}: {error}") from error
-    if granted == 0:
-        raise UsageError("budget=0 leaves no memory to work in; grant some, or leave it out")
+    if memory is None and (budget is None or str(budget).strip().endswith("%")):
+        raise UsageError(
+            f"budget={budget!r}: nobody said how much memory {card.name} has; give bytes"
+        )
+    if budget is None:
+        budget = "100%"
+    granted = read_budget(budget, memory or 0)
+    if granted == AUTO:
+        raise UsageError(
+            f"budget={budget!r} is what is free on the device when a call begins, which nobody "
+            "knows before; give bytes, or a share such as '80%'"
+        )
     if memory is not None and granted > memory:
         raise UsageError(f"budget={budget!r}: {card.name} has {format_bytes(memory)}")
     return granted

@@ -49,6 +49,7 @@ class Cut:
     sizes: bytes of each part. steps: in the order in which they ran, measured.
     expected: the steps that a first call expects before anything was measured.
     outside_s: seconds of each call that are in no step.
+    cast: of a part's bytes, what casts for its work add.
     """
 
     cut_to: int
@@ -56,7 +57,7 @@ class Cut:
     steps: tuple[Step, ...]
     expected: tuple[Step, ...] = ()
     outside_s: float = 0.0
-    cast: Mapping[str, int] = field(default_factory=dict)  # of sizes: what casts for work add
+    cast: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def least(self) -> int:
@@ -121,11 +122,17 @@ class Recording:
     def cut_for(self, budget: int) -> Cut:
         """The call with its parts cut for a budget, or for the nearest that was recorded.
 
-        Of those that the budget has room for, if there are any.
+        Where the budget has no room for the nearest, a finer one may do: the engine cuts finer as
+        budgets get smaller. A coarser one does not, whether or not there would be room for it.
         """
         wanted = min(budget, COARSEST)
-        fitting = [cut for cut in self.cuts if cut.least <= budget] or self.cuts
-        return min(fitting, key=lambda c: max(c.cut_to, wanted) / max(min(c.cut_to, wanted), 1))
+
+        def away(cut: Cut) -> float:
+            return max(cut.cut_to, wanted) / max(min(cut.cut_to, wanted), 1)
+
+        nearest = min(self.cuts, key=away)
+        fitting = [c for c in self.cuts if c.cut_to <= nearest.cut_to and c.least <= budget]
+        return min(fitting or [nearest], key=away)
 
     # ---- files
 
@@ -144,7 +151,8 @@ class Recording:
             "version": VERSION,
             "about": "steps are indices of kinds; a kind is [index of the place, seconds or null, "
             "bytes besides weights or null]; a place is [index of the part, those held meanwhile, "
-            "whether a forward begins]; expected are indices of places",
+            "whether a forward begins]; expected are indices of places; cast are [index of the "
+            "part, bytes of it that casts for its work add]",
             "pipeline": self.pipeline,
             "dtype": self.dtype,
             "settings": dict(self.settings),
@@ -242,6 +250,7 @@ def _cut_to_dict(cut: Cut) -> dict[str, Any]:
         "kinds": [list(found) for found in kinds],
         "steps": steps,
         "expected": expected,
+        "cast": [[names[name], nbytes] for name, nbytes in cut.cast.items() if name in names],
     }
 
 
@@ -262,4 +271,5 @@ def _cut_of(content: Mapping[str, Any]) -> Cut:
         tuple(step(*content["kinds"][number]) for number in content["steps"]),
         tuple(step(place, None, None) for place in content["expected"]),
         float(content["outside_s"]),
+        {names[part]: int(nbytes) for part, nbytes in content.get("cast", ())},
     )

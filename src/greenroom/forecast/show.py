@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console, Group
-from rich.table import Table
 from rich.text import Text
 
+from ..columns import Columns
 from ..core.units import format_bytes
 from .forecast import exactly, seconds, settings_said
 
@@ -65,13 +64,11 @@ def _answers(forecast: Forecast) -> list[str]:
     return lines
 
 
-def _components(forecast: Forecast) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("component", no_wrap=True)
-    for heading in ("weights", "stay", "stream", "to device", "forwards", "computes", "besides"):
-        table.add_column(heading, justify="right")
+def _components(forecast: Forecast) -> Columns:
+    shares = ("weights", "stay", "stream", "to device", "forwards", "computes", "besides")
+    table = Columns(["component", *shares])
     for share in forecast.asked.shares:
-        table.add_row(
+        table.add(
             share.name,
             format_bytes(share.nbytes),
             format_bytes(share.stays_nbytes),
@@ -84,14 +81,11 @@ def _components(forecast: Forecast) -> Table:
     return table
 
 
-def _budgets(forecast: Forecast) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("budget", "first call", "later call", "waits", "to device", "efficiency"):
-        table.add_column(heading, justify="right")
-    table.add_column("bound by")
-    table.add_column("", no_wrap=True)
+def _budgets(forecast: Forecast) -> Columns:
+    numbers = ("budget", "first call", "later call", "waits", "to device", "efficiency")
+    table = Columns([*numbers, "bound by", ""], right=numbers)
     for point in forecast.curve:
-        table.add_row(
+        table.add(
             format_bytes(point.budget),
             seconds(point.first_s),
             seconds(point.later_s),
@@ -117,13 +111,15 @@ def _meaning(forecast: Forecast, point: Within) -> str:
         )
         if which.budget == budget
     ]
-    if not meanings and memory is not None and budget > memory:
+    if memory is not None and budget > memory:
         meanings.append("more than it has")
     return ", ".join(meanings)
 
 
 def _footnote(forecast: Forecast) -> str:
     return (
-        f"smallest budget that runs: {exactly(forecast.smallest.budget)}; smallest that costs "
-        f"nothing: {exactly(forecast.free.budget)}; bytes and waits are of a later call"
+        f"smallest budget that runs: {exactly(forecast.smallest.budget)}\n"
+        f"smallest that costs nothing: {exactly(forecast.free.budget)}\n"
+        "first call: from an empty device, while the plan is learned, for budgets with a meaning; "
+        "later call: each after it, and all columns to its right are of one"
     )

@@ -15,6 +15,7 @@ from typing import Any
 
 from .account import PartFacts, Report, make_report
 from .events import Call
+from .mapped import nbytes_in, ranges_now
 
 __all__ = ["Report", "report", "write_picture", "write_timeline"]
 
@@ -45,11 +46,16 @@ def report(pipe: Any, call: int = -1) -> Report:
         )
     with state.engine.lock:
         parts: dict[str, PartFacts] = {}
+        ranges = ranges_now()
         for name, module in unique(components_of(pipe), state.order.names).items():
             hook = hook_of(module)
             for part in hook.parts if hook is not None else ():
                 store = part.store
-                parts[part.key] = PartFacts(name, store.nbytes, store.pinned_nbytes)
+                loose = [s for s in store.segments if s.unpin is None and s.slab is None]
+                mapped = nbytes_in(
+                    ranges, ((p.host.data_ptr(), p.nbytes) for s in loose for p in s.pieces)
+                )
+                parts[part.key] = PartFacts(name, store.nbytes, store.pinned_nbytes, mapped)
         found = state.engine.log.read(state, parts, call)
         planned = None
         if state.within is not None and found is not None and found.budget is not None:

@@ -27,12 +27,14 @@ _LEAST_GAIN = 0.01  # of a call's time
 class PartFacts:
     """What a part is, apart from any call.
 
-    nbytes: on the device. pinned_nbytes: of its host memory, page-locked.
+    nbytes: on the device. pinned_nbytes: of its host memory, page-locked. mapped_nbytes: of it,
+    mapped from files and not taken in yet.
     """
 
     component: str
     nbytes: int
     pinned_nbytes: int
+    mapped_nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class ComponentReport:
         found_ahead: of its parts, how often one was needed that had been sent before.
         demanded: how often one was sent only when it was needed.
         offloads: how often one left the device.
-        host_pinned_nbytes, host_pageable_nbytes: its host memory, when the report was made.
+        host_pinned_nbytes, host_pageable_nbytes, host_mapped_nbytes: its host memory, when the
+            report was made: page-locked, not, and not but mapped from a file.
     """
 
     name: str
@@ -71,9 +74,15 @@ class ComponentReport:
     offloads: int = 0
     host_pinned_nbytes: int = 0
     host_pageable_nbytes: int = 0
+    host_mapped_nbytes: int = 0
+
+    @property
+    def unlocked_nbytes(self) -> int:
+        """Its host memory that is not page-locked."""
+        return self.host_pageable_nbytes + self.host_mapped_nbytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What one call of a pipeline cost. Seconds are the device's: virtual on the simulator.
 
@@ -150,10 +159,15 @@ class Report:
         console.print(self)
         return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
 
-    def _repr_html_(self) -> str:
-        from html import escape
+    def __repr__(self) -> str:
+        call = self.call
+        what = call.pipeline or "what ran outside of calls"
+        return f"<Report of {what} on {call.device}, {call.outcome}; print it>"
 
-        return f"<pre style='line-height: 1.2'>{escape(str(self))}</pre>"
+    def _repr_html_(self) -> str:
+        from ..columns import as_html
+
+        return as_html(str(self))
 
 
 def make_report(
@@ -173,7 +187,8 @@ def make_report(
             part,
             nbytes=facts.nbytes,
             host_pinned_nbytes=facts.pinned_nbytes,
-            host_pageable_nbytes=facts.nbytes - facts.pinned_nbytes,
+            host_pageable_nbytes=facts.nbytes - facts.pinned_nbytes - facts.mapped_nbytes,
+            host_mapped_nbytes=facts.mapped_nbytes,
         )
     for run in call.runs:
         add(run.part, forwards=run.forwards, compute_s=run.compute_s, stalled_s=run.stalled_s)
@@ -243,7 +258,7 @@ def _advice(report: Report) -> list[str]:
         found.append(
             f"{format_bytes(total.pageable_nbytes)} came from host memory that was not page-locked,"
             " which is slow and holds the host up. greenroom locks it from call to call"
-            + (", and by now all of it is." if not total.host_pageable_nbytes else ".")
+            + (", and by now all of it is." if not total.unlocked_nbytes else ".")
         )
     if total.d2h_nbytes:
         names = ", ".join(row.name for row in report.components if row.d2h_nbytes)

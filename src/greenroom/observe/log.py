@@ -16,6 +16,7 @@ they are noted here; what is sent after a call has returned comes after all that
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("greenroom")
 
+# Causes that name a part, put into words when somebody asks.
+_AHEAD = "it is needed after {!r}, and there is room"
+_ROOM = "room for {!r} and what follows it"
+
 _CALLS = 4
 _MOST_EVENTS = 20_000  # in a call: a FLUX of 57 blocks that streams for 100 steps takes as many
 
@@ -38,8 +43,8 @@ class _Run:
     part: str
     component: str
     asked: Any
-    stream: Any
     forwards: int = 0
+    stream: Any = None  # that forwards end on, once one has
     cleared: Any = None
     began: Any = None
     ended: Any = None
@@ -70,13 +75,13 @@ class _Move:
     kind: type[Onloaded] | type[Offloaded]
     values: tuple[Any, ...]
     times: tuple[Any, ...]
-    cause: str
+    cause: str | tuple[str, str]  # a form of words, and the part that it is about
 
     def read(self, clock: Callable[[Any], float | None]) -> Onloaded | Offloaded:
         began, ended = map(clock, self.times)
         if self.kind is Offloaded and began is not None and ended is not None:
             began = min(began, ended)  # it was free before the device came to what had been queued
-        return self.kind(*(*self.values, began, ended, self.cause))
+        return self.kind(*(*self.values, began, ended, _said(self.cause)))
 
 
 @dataclass(eq=False)
@@ -129,10 +134,13 @@ class Log:
         self._run: _Run | None = None
         self._resident: dict[str, int] = {}  # bytes of what is there or on its way
         self._nbytes = 0  # of all of it
-        self._unused: set[str] = set()  # sent, and not used yet
+        self._unused: set[str] = set()  # of it, sent ahead and not used yet
+        self._used: set[str] = set()  # all else of it
         self._needs: tuple[str, ...] | None = None  # of what is being brought
+        self._stream: Any = None  # that it is brought for
         self._is_other = False  # whether another component runs than before
         self._cause = "it was asked for"
+        self._event: Any = None  # the class of what `now` gives
 
     # ---- a call
 
@@ -155,7 +163,7 @@ class Log:
             self._calls.pop()  # nobody will ask for it
         call = _Raw(pipeline, owner, budget, self.now(), dict(self._resident))
         self._calls.append(call)
-        self._run, self._needs = None, None
+        self._run, self._needs, self._stream = None, None, None
         return call
 
     def returns(self) -> None:
@@ -204,24 +212,24 @@ class Log:
             beside_nbytes: device memory that it is known to take besides weights.
         """
         run, component = self._run, _component(part)
-        if run is not None and run.component == component and not (moves or every):
-            resident, unused = self._resident, self._unused
-            for name in names:
-                if name not in resident or name in unused:
-                    break
-            else:
-                run.forwards += opens
-                if beside_nbytes is not None and beside_nbytes > (run.beside_nbytes or 0):
-                    run.beside_nbytes = beside_nbytes
-                return
+        goes_on = run is not None and run.component == component and not (moves or every)
+        if run is not None and goes_on and self._used.issuperset(names):
+            run.forwards += opens
+            if beside_nbytes is not None and beside_nbytes > (run.beside_nbytes or 0):
+                run.beside_nbytes = beside_nbytes
+            return
         self._is_other = run is None or run.component != component
         if self._is_other:
             self._read_peak()
-        call, stream = self._call(), self._backend.current_stream()
-        run = self._run = _Run(part, component, self.now(), stream, int(opens))
+        call = self._open or self._call()
+        if (self._is_other or opens or self._stream is None) and self._backend.keeps_time:
+            self._stream = self._backend.current_stream()
+        run = self._run = _Run(part, component, self._soon(), int(opens))
         run.beside_nbytes = beside_nbytes
-        run.found_ahead = tuple(name for name in names if name in self._unused)
-        self._unused.difference_update(names)
+        if self._unused:
+            run.found_ahead = tuple([name for name in names if name in self._unused])
+            self._unused.difference_update(run.found_ahead)
+            self._used.update(run.found_ahead)
         call.is_by_step |= every
         call.note(run)
         self._needs = names
@@ -231,8 +239,10 @@ class Log:
         """What is needed is there, or the device waits for it by itself."""
         run, self._needs = self._run, None
         if run is not None and run.began is None:
-            is_waited_for = run.demanded or run.found_ahead or run.cleared is not None
-            run.began = self.now() if is_waited_for else run.asked
+            if run.demanded or run.found_ahead:
+                run.began = self._soon()
+            else:
+                run.began = run.asked if run.cleared is None else run.cleared
             run.weights_nbytes = self._nbytes
             if self._is_other:
                 self._read_peak(is_alone=False)
@@ -253,8 +263,10 @@ class Log:
             return
         if run.ended is None:
             run.ended = self.now()
-        else:
-            run.ended.record(run.stream)
+            return
+        if run.stream is None:
+            run.stream = self._backend.current_stream()
+        run.ended.record(run.stream)
 
     # ---- what moves
 
@@ -262,35 +274,58 @@ class Log:
         """What the device does next is timed by this event; None if it keeps no time."""
         return self._backend.record_time() if self._backend.keeps_time else None
 
+    def _soon(self) -> Any:
+        """As `now`, for what is needed. To ask for the stream costs more than all else of it, and
+        nobody changes it in the middle of a component's forward.
+        """
+        if self._stream is None:
+            return None
+        self._event = self._event or type(self.now())
+        event = self._event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
     def sent(self, part: str, nbytes: int, pinned_nbytes: int, journey: tuple[Any, Any]) -> None:
         """A part was sent; `journey` has the events of its first byte and its last."""
         if nbytes == 0:  # it has no weights, or they are there
-            self._resident.setdefault(part, 0)
+            if part not in self._resident:
+                self._resident[part] = 0
+                self._used.add(part)
             return
         is_ahead = self._needs is None or part not in self._needs
-        cause = self._cause
+        cause: str | tuple[str, str] = self._cause
         if is_ahead:
             if self._needs is not None and self._run is not None:
-                cause = f"it is needed after {self._run.part!r}, and there is room"
+                cause = (_AHEAD, self._run.part)
         elif self._run is not None:
             self._run.demanded += (part,)
             cause = "it is needed now"
-        logger.debug("onload %s, %d bytes: %s", part, nbytes, cause)
-        self.forget(part)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("onload %s, %d bytes: %s", part, nbytes, _said(cause))
+        self._nbytes += nbytes - self._resident.get(part, 0)
         self._resident[part] = nbytes
-        self._nbytes += nbytes
         if is_ahead:
             self._unused.add(part)
-        self._call().note(_Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), journey, cause))
+            self._used.discard(part)
+        else:
+            self._unused.discard(part)
+            self._used.add(part)
+        call = self._open or self._call()
+        call.note(_Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), journey, cause))
 
     def leaves(self, part: str) -> Any:
         """A part is about to leave the device: when; None if it is not there."""
-        return self.now() if part in self._resident else None
+        if part not in self._resident:
+            return None
+        if self._needs is not None and self._run is not None:  # it is noted already
+            return self._run.asked if self._run.cleared is None else self._run.cleared
+        return self.now()
 
     def forget(self, part: str) -> None:
         """A part is no more, and its memory on the device is free."""
         self._nbytes -= self._resident.pop(part, 0)
         self._unused.discard(part)
+        self._used.discard(part)
 
     def came_home(self, part: str, copied_nbytes: int, began: Any) -> None:
         """A part left the device, and so many of its bytes were copied to the host."""
@@ -298,12 +333,15 @@ class Log:
         if nbytes is None:
             return  # it was not there
         self.forget(part)
-        cause, freed = self._cause, self._backend.transfer.now()
+        cause: str | tuple[str, str] = self._cause
+        freed = self._backend.transfer.now()
         if self._needs is not None and self._run is not None:
-            cause = f"room for {self._run.part!r} and what follows it"
-            self._run.cleared = self.now()
-        logger.debug("offload %s, %d bytes copied home: %s", part, copied_nbytes, cause)
-        self._call().note(_Move(Offloaded, (part, nbytes, copied_nbytes), (began, freed), cause))
+            cause = (_ROOM, self._run.part)
+            self._run.cleared = self._soon()
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("offload %s, %d bytes copied home: %s", part, copied_nbytes, _said(cause))
+        call = self._open or self._call()
+        call.note(_Move(Offloaded, (part, nbytes, copied_nbytes), (began, freed), cause))
 
     # ---- reading
 
@@ -428,6 +466,11 @@ def _summed_peak(call: _Raw) -> tuple[int | None, _Run | None]:
     return most
 
 
+def _said(cause: str | tuple[str, str]) -> str:
+    return cause if isinstance(cause, str) else cause[0].format(cause[1])
+
+
+@functools.cache
 def _component(part: str) -> str:
     """Whose a part is, so far as its name tells: ``"unet.mid_block#7"`` is of ``"unet"``."""
     return part.partition("#")[0].partition(".")[0]

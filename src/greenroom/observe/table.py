@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
+from ..columns import Columns
 from ..core.units import format_bytes
 from .account import ComponentReport, Report, seconds
 
@@ -17,18 +16,19 @@ def table_of(report: Report) -> Group:
     title = f"{call.pipeline or 'outside of calls'} on {call.device}, {call.outcome}"
     title += f" after {seconds(call.seconds)}" if call.seconds is not None else ""
     within = f"within {format_bytes(call.budget)}" if call.budget else "without a budget"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=False)
-    table.add_column("component", no_wrap=True)
-    for heading in ("weights", "forwards", "compute", "waited", "to device", "to host"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("ahead", "on demand", "offloads", "pinned"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = Columns(
+        [
+            *("component", "weights", "forwards", "compute", "waited", "to device", "to host"),
+            *("ahead", "on demand", "offloads", "pinned"),
+        ]
+    )
     for row in report.components:
-        table.add_row(row.name, *_cells(row))
+        table.add(row.name, *_cells(row))
     table.add_section()
-    table.add_row("total", *_cells(total))
+    table.add("total", *_cells(total))
     lines = [
         "ahead: parts that were there or on their way when needed; pinned: of host memory",
+        _host(total),
         _peak(report),
     ]
     if report.efficiency is not None:
@@ -38,6 +38,16 @@ def table_of(report: Report) -> Group:
         )
     lines += [f"* {sentence}" for sentence in report.advice]
     return Group(Text(f"{title}, {within}"), table, *map(Text, lines))
+
+
+def _host(total: ComponentReport) -> str:
+    kinds = {
+        "page-locked": total.host_pinned_nbytes,
+        "pageable": total.host_pageable_nbytes,
+        "mapped from files": total.host_mapped_nbytes,
+    }
+    said = [f"{format_bytes(nbytes)} {kind}" for kind, nbytes in kinds.items() if nbytes]
+    return f"host memory of the weights: {', '.join(said) or 'none'}"
 
 
 def _peak(report: Report) -> str:
@@ -53,7 +63,7 @@ def _peak(report: Report) -> str:
 
 
 def _cells(row: ComponentReport) -> list[str]:
-    host = row.host_pinned_nbytes + row.host_pageable_nbytes
+    host = row.host_pinned_nbytes + row.host_pageable_nbytes + row.host_mapped_nbytes
     return [
         format_bytes(row.nbytes),
         str(row.forwards),

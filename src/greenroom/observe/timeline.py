@@ -65,7 +65,7 @@ def trace_of(reports: Mapping[str, Report]) -> dict[str, Any]:
                         "name": bar.label,
                         "cat": bar.component,
                         "ts": _us(bar.begin_s),
-                        "dur": _us(bar.end_s - bar.begin_s),
+                        "dur": round(_us(bar.end_s) - _us(bar.begin_s), 3),
                         "args": {"component": bar.component, **bar.details},
                     }
                 )
