@@ -18,7 +18,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from tqdm.auto import tqdm
 
 from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed, Onload
 from .core.pinning import LOCKED_IN_PLACE, PinningAllowance
@@ -28,7 +27,7 @@ from .device.backend import Backend
 from .errors import DeviceOutOfMemory, UsageError
 from .grant import Budget
 from .observe.log import Log
-from .within_budget import WithinBudget
+from .within_budget import WithinBudget, locking_bar
 
 if TYPE_CHECKING:
     from .device.layout import Segment
@@ -348,7 +347,7 @@ class Engine:
     def _settle_what_was_saved(self) -> None:
         """Page-lock as many host weights as the call has saved the time for."""
         left: float = self._pinning.take()
-        with tqdm(desc="page-locking weights", unit="B", unit_scale=True, delay=1) as bar:
+        with locking_bar() as bar:
             for part, segment in self._unsettled():
                 left -= segment.nbytes * (LOCKED_IN_PLACE if segment.may_stay else 1)
                 if left < 0:

@@ -39,16 +39,23 @@ def read_budget(budget: int | str, memory_nbytes: int) -> Budget:
         return AUTO
     try:
         if isinstance(budget, str) and budget.strip().endswith("%"):
-            share = float(budget.strip()[:-1]) / 100
-            if not 0 < share <= 1:
-                raise ValueError("a share is above 0 and at most 100 %")
-            return int(share * memory_nbytes)
+            return int(_share_of(budget.strip()[:-1]) * memory_nbytes)
         granted = parse_bytes(budget)
     except ValueError as error:
         raise UsageError(f"budget={budget!r}: {error}") from error
     if granted == 0:
         raise UsageError("budget=0 leaves no memory to work in; grant some, or leave it out")
     return granted
+
+
+def _share_of(percent: str) -> float:
+    try:
+        share = float(percent) / 100
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ValueError("a share is a number above 0 and at most 100 %")
+    return share
 
 
 def free_now(backend: Backend, ours_nbytes: int) -> int:

@@ -48,6 +48,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("greenroom")
 
 
+def locking_bar() -> tqdm[Any]:
+    """Tells how far page-locking is, on a terminal, if it takes long."""
+    return tqdm(desc="page-locking weights", unit="B", unit_scale=True, delay=1, disable=None)
+
+
 class WithinBudget:
     """What a device's engine does when it was granted a budget."""
 
@@ -103,7 +108,7 @@ class WithinBudget:
     def lock_memory(self) -> None:
         """Page-lock the weights of every part, so that no call has to."""
         parts = sorted(self._parts, key=lambda part: part.key)
-        with tqdm(desc="page-locking weights", unit="B", unit_scale=True, delay=1) as bar:
+        with locking_bar() as bar:
             for part in parts:
                 part.store.settle_all()
                 bar.update(part.store.nbytes)
