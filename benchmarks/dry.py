@@ -40,9 +40,11 @@ def measure(
 ) -> dict[str, Any]:
     """Enable one way and call the pipeline a few times in a row.
 
-    A call takes until it returns its picture. What it has begun to do for the next one by then is
-    in the seconds of the next.
+    A call takes until its picture is done. What it has begun to do for the next one by then is in
+    the seconds of the next.
     """
+    import torch
+
     import greenroom.sim as sim
     from greenroom import zoo
     from greenroom.traces import keeping_none
@@ -53,6 +55,7 @@ def measure(
     for _ in range(calls):
         with keeping_none(), sim.measure(settle=False) as call:  # the first call is one each time
             pipe(**zoo.full_call_kwargs(name, **arguments))
+            torch.get_device_module("sim").current_stream().synchronize()
         measured.append(call)
     return {"enable": _plain(enabling), "calls": [_plain(call) for call in measured]}
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-import weakref
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +18,11 @@ import torch
 from tqdm.auto import tqdm
 
 from .activations import ActivationWatch, is_compiled
-from .core.director import Director, Orders
+from .core.director import Director
 from .core.expect import rest_of_call
 from .core.plan import Plan, make_plan
 from .core.trace import Step
 from .core.units import format_bytes
-from .device.reserve import Reserve
 from .errors import DeviceOutOfMemory
 from .grant import (
     ACTIVATION_PARTS,
@@ -36,7 +34,7 @@ from .grant import (
 )
 from .known_calls import KnownCalls
 from .known_code import leaves_weights_alone
-from .outbox import Outbox
+from .moves import Moves
 from .recording import Recording
 from .second_try import refusal_of
 
@@ -64,28 +62,19 @@ class WithinBudget:
         self.divided_for = self.budget
         if self._is_auto:  # more may be free when they run
             self.divided_for = max(self.budget, engine.backend.memory_bytes() // 4)
-        self.director: Director | None = None
         #: What is known of calls that were seen.
         self.known = KnownCalls(engine.backend.transfer.bytes_per_s)
+        self._moves = Moves(engine.backend, engine.part, self.known.costs)
         self._kept: KeptTrace | None = None  # of the call that goes on
         self._before: Mapping[str, int] = {}  # bytes of all parts when the call began
         self._cast: dict[str, int] = {}  # seen while a call is learned: bytes after it
         self._to_be_cast: list[str] = []
-        self._outside_nbytes = 0  # on the device when the call began, and not ours
         self._key: Hashable = None
         self._prior: list[Step] = []
         self._inside: list[str] = []  # components whose forwards run: what lies beside their blocks
         self._now: Step | None = None
         self._is_watched = False
-        self._call: object = None  # the pipeline's call that goes on
-        self._stream: Any = None  # that calls run on
-        self._outbox = Outbox(engine.backend, engine.part)
-        self._reserve = Reserve(engine.backend)
-        self._room = -1  # bytes for weights in the phase that runs
         self._recording: Recording | None = None  # while a call is learned
-        self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
-        #: Bytes that were copied home because they had changed, or nobody could tell.
-        self.came_home_nbytes = 0
         self._is_watching = False  # what a component works on, while it runs first
         self._is_moving = False  # weights
         #: What is left for what was never measured; None where nobody watches it.
@@ -93,6 +82,16 @@ class WithinBudget:
         self._unpressed: Plan | None = None  # what is followed but for what a component works on
         self._refused_at = 0  # bytes that were allocated when the device refused last
         self._unsqueezed: Plan | None = None  # what is followed but for a refusal
+
+    @property
+    def director(self) -> Director | None:
+        """Who says what goes and comes; None before the first call."""
+        return self._moves.director
+
+    @property
+    def came_home_nbytes(self) -> int:
+        """Bytes that were copied home so far."""
+        return self._moves.came_home_nbytes
 
     @property
     def expected(self) -> tuple[Step, ...]:
@@ -107,20 +106,19 @@ class WithinBudget:
 
     def lock_memory(self) -> None:
         """Page-lock the weights of every part, so that no call has to."""
-        parts = sorted(self._parts, key=lambda part: part.key)
         with locking_bar() as bar:
-            for part in parts:
+            for part in self._moves.in_order:
                 part.store.settle_all()
                 bar.update(part.store.nbytes)
 
     def grant_anew(self) -> None:
         """A call is about to begin: if the budget is what is free, see how much that is."""
         if self._is_auto:
-            self.budget = free_now(self.engine.backend, self._ours_nbytes)
+            self.budget = free_now(self.engine.backend, self._moves.ours_nbytes)
 
     def add(self, part: Part) -> None:
         """Know a part from now on."""
-        self._parts.add(part)
+        self._moves.parts.add(part)
 
     # ---- a call
 
@@ -144,30 +142,32 @@ class WithinBudget:
             kept: what another process may have learned of calls like it.
         """
         self._is_watched = is_watched
-        self._call = object()
+        self._moves.masters = None if is_watched else object()
         self._inside, self._now, self._key = [], None, key
         self._unsqueezed = self._unpressed = None
         self._prior = list(prior)
         self._take_in_what_others_did()
         self._trust_known_code()
-        self._outside_nbytes = self.engine.backend.allocated_bytes() - self._ours_nbytes
-        self._before = self._sizes()
+        self._moves.outside_nbytes = self.engine.backend.allocated_bytes() - self._moves.ours_nbytes
+        self._before = self._moves.sizes
         self._kept = kept
         plan = self.known.plan(key, self._before, self.budget, kept)
         self._recording = Recording(self.engine.backend) if plan is None else None
         self._cast = {}
         if plan is None:
-            is_seen = not any(is_compiled(module) for p in self._parts for module in p.modules)
+            modules = [module for part in self._moves.parts for module in part.modules]
+            is_seen = not any(map(is_compiled, modules))
             self._unmeasured_nbytes = self.budget // ACTIVATION_PARTS if is_seen else None
             plan = self._guess(self._prior)
-        if self.director is None:
-            self.director = Director(plan, self._sizes)
-        elif self.director.plan is not plan:
-            self.director.follow(plan)
-        self.director.begin_call()
+        director = self.director
+        if director is None:
+            director = self._moves.director = Director(plan, lambda: self._moves.sizes)
+        elif director.plan is not plan:
+            director.follow(plan)
+        director.begin_call()
         self._to_be_cast = [
             name
-            for name, nbytes in self.director.plan.sizes.items()
+            for name, nbytes in director.plan.sizes.items()
             if self._before.get(name, nbytes) != nbytes
         ]
         self._to_be_cast += [name for name in casts if name not in self._to_be_cast]
@@ -182,7 +182,7 @@ class WithinBudget:
                 known[id(whole)] = all(map(leaves_weights_alone, whole.modules))
             return known[id(whole)]
 
-        for part in self._parts:
+        for part in self._moves.parts:
             if self._is_watched or not is_known(part):
                 part.watch()
             else:
@@ -190,20 +190,13 @@ class WithinBudget:
 
     def _take_in_what_others_did(self) -> None:
         """Parts whose tensors were replaced since the last call, by a cast say, go home."""
-        self._outbox.call_begins()
-        self._follow_stream()
+        self._moves.call_begins()
+        self._moves.follow_stream()
         self._send_replaced_home()
-
-    def _follow_stream(self) -> None:
-        """Whoever computes on another stream now comes after all that was done on the last one."""
-        stream = self.engine.backend.current_stream()
-        if self._stream is not None and stream != self._stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
 
     def _send_replaced_home(self) -> None:
         """Parts that use other memory than they were given go home: it is in no account."""
-        for part in list(self._parts):
+        for part in list(self._moves.parts):
             if not part.store.is_as_it_came:
                 self.send_home(part)
 
@@ -213,6 +206,7 @@ class WithinBudget:
         if director is None:
             return
         self._inside, self._now = [], None
+        is_done = not self.engine.backend.is_busy()
         is_as_planned = self._recording is not None or not director.deviations
         if is_as_planned:
             if self._recording is not None:
@@ -232,13 +226,14 @@ class WithinBudget:
             self.known.forget(self._key)
             self._expect_changes()
             return
-        for part in self._parts:
+        for part in self._moves.parts:
             part.is_watched = True  # what is sent now is there when others may change it
-        orders = director.end_call()
+        orders = director.end_call(is_done=is_done)
         try:
-            self._carry_out(orders, (), director.plan.room(0))
-            self._outbox.send_all(self._masters)
-            self._show(director.resident)  # also what was sent before, and is of the next call
+            self._moves.carry_out(orders, (), director.plan.room(0), self.budget)
+            self._moves.send_all()
+            # Also what was sent before, and is of the next call.
+            self._moves.show(director.resident)
         except torch.OutOfMemoryError:  # the call itself is over, and its result is there
             logger.warning("no room for what the next call begins with: everything goes home")
             self.send_all_home()
@@ -256,22 +251,14 @@ class WithinBudget:
 
     def _expect_changes(self) -> None:
         """Whoever runs now may change weights, wherever they are."""
-        self._call = self._kept = None
-        for part in self._parts:
+        self._moves.masters = self._kept = None
+        for part in self._moves.parts:
             part.watch()
 
     def send_all_home(self) -> None:
         """Everything goes home, whoever may need it."""
         self._inside, self._now, self._recording = [], None, None
-        self._outbox.clear()
-        failed: Exception | None = None
-        for part in sorted(self._parts, key=lambda part: part.key):
-            if part.store.is_away:
-                try:
-                    self.came_home_nbytes += part.go_home()
-                except Exception as error:  # it stays, and is accounted for
-                    failed = error
-        self._recount()
+        failed = self._moves.send_all_home()
         self._expect_changes()
         if failed is not None:
             raise failed
@@ -295,26 +282,16 @@ class WithinBudget:
         if part.key in self._inside:
             del self._inside[self._inside.index(part.key) :]
 
-    def _recount(self) -> None:
-        """Something went wrong: what is on the device is what is on the device."""
-        self._outbox.clear()
-        if self.director is not None:
-            self.director.recount(part.key for part in self._parts if part.store.is_away)
-
-    def forget(self, key: str) -> None:
-        """A part is no more."""
-        if self.director is not None:
-            self.director.gone([key])
-        self._outbox.withdraw(key)
-
     def send_home(self, part: Part) -> None:
         """A part goes home, whoever may need it."""
         self._now = None
         if part.key in self._inside:
             self._inside.remove(part.key)
-        if self.director is not None and part.key in self.director.resident:
-            self._go_home(part.key)
-            self.director.gone([part.key])
+        self._moves.send_home(part)
+
+    def forget(self, key: str) -> None:
+        """A part is no more."""
+        self._moves.forget(key)
 
     # ---- a step
 
@@ -327,7 +304,7 @@ class WithinBudget:
             self._is_moving = False
 
     def _need(self, part: Part, *, enters: bool) -> None:
-        self._follow_stream()
+        self._moves.follow_stream()
         now = self._now
         if not enters and (
             part.key in self._inside
@@ -345,7 +322,7 @@ class WithinBudget:
             self._finish_record(self._recording)
         if self.director is None:  # no pipeline's call, which would have an end: nothing is learned
             self.begin_call(None, [])
-            self._recording = self._call = None
+            self._recording = self._moves.masters = None
             if enters:
                 self._inside.append(part.key)
         assert self.director is not None
@@ -353,7 +330,7 @@ class WithinBudget:
             self.director.follow(self._unpressed, at=self.director.position)
             self._unpressed = None
         orders = self.director.begin(step)
-        self._note_progress()
+        self._moves.step_ends()
         self.engine.log.needs(
             part.key,
             step.needs,
@@ -363,7 +340,7 @@ class WithinBudget:
             beside_nbytes=self._expected_beside(),
         )
         try:
-            self._carry_out(orders, step.needs, self.director.room)
+            self._moves.carry_out(orders, step.needs, self.director.room, self.budget)
         except torch.OutOfMemoryError:
             is_refused = True
         else:
@@ -391,10 +368,10 @@ class WithinBudget:
             return
         self._now = None
         # What is on its way and will be cast is to be cast there, not at home.
-        self._show(name for name in self._to_be_cast if self._is_sent(name))
+        self._moves.show(filter(self._moves.is_sent, self._to_be_cast))
         if self._is_watched and self.director is not None:
-            self._outbox.send_all(self._masters)
-            self._show(self.director.resident)
+            self._moves.send_all()
+            self._moves.show(self.director.resident)
         if self._recording is not None and not self._inside:
             self._replan(part, self._recording)
 
@@ -425,40 +402,19 @@ class WithinBudget:
         assert director is not None
         if self._is_moving or self._recording is None:
             return nbytes  # it is our own
-        beside = backend.allocated_bytes() - self._there_nbytes - self._outside_nbytes
+        others = self._moves.there_nbytes + self._moves.outside_nbytes
+        beside = backend.allocated_bytes() - others
         room = min(director.room, sum(director.plan.sizes.values()))
         if self._usable_now - room - beside < nbytes:
             # A little more, not to do it for every operation.
-            room = max(0, self._usable_now - beside - nbytes - self.budget // ACTIVATION_PARTS)
-            self._recording.look(self._there_nbytes + self._outside_nbytes)
+            room = max(0, self._usable_now - beside - nbytes - self.budget // 32)
+            self._recording.look(others)
             needs = {*self._inside, *(self._now.needs if self._now is not None else ())}
             self._unpressed = self._unpressed or director.plan
             self.engine.log.because("what a component works on needs room")
-            self._carry_out(director.press(room, needs), (), room)
+            self._moves.carry_out(director.press(room, needs), (), room, self.budget)
             backend.restart_peak()
         return self._usable_now - room - beside
-
-    @property
-    def _there_nbytes(self) -> int:
-        """Bytes of weights on the device."""
-        assert self.director is not None
-        return self.director.resident_nbytes - self._outbox.nbytes(self.director.resident)
-
-    def _is_sent(self, name: str) -> bool:
-        return (
-            self.director is not None
-            and name in self.director.resident
-            and name not in self._outbox
-        )
-
-    def _show(self, names: Iterable[str]) -> None:
-        """Let modules use what is on its way.
-
-        Until it arrives a module uses its masters, and nothing tells of a change to those that no
-        version counts.
-        """
-        for name in list(names):
-            self.engine.part(name).arrive()
 
     def _held(self, part: Part) -> tuple[str, ...]:
         """What has to be there while a part runs, itself perhaps apart."""
@@ -470,58 +426,6 @@ class WithinBudget:
 
     def _is_mine(self, key: str) -> bool:
         return self.engine.part(key).within is self
-
-    # ---- carrying orders out
-
-    def _carry_out(self, orders: Orders, needs: tuple[str, ...], room: int) -> None:
-        try:
-            for name in orders.offload:
-                self._go_home(name)
-            for name in orders.release:
-                if not self.engine.part(name).is_watched:  # else somebody may still change it
-                    self.engine.part(name).check()
-            if orders.has_more_room:
-                self.engine.backend.transfer.settle()
-            self._outbox.order(orders.onload)
-            self._keep_reserve(room)
-            for name in needs:
-                if name in self._outbox:
-                    self._outbox.send(name, self._masters)
-                self.engine.part(name).arrive()
-            self._outbox.send_ahead(self._masters, self.known.costs)
-        except BaseException:
-            self._recount()
-            raise
-
-    def _keep_reserve(self, room: int) -> None:
-        """See Note [Two pools] in `device/reserve.py`."""
-        director = self.director
-        assert director is not None
-        if room == self._room:
-            self._reserve.note(director.resident_nbytes)
-            return
-        self._room = room
-        self._reserve.make_fit(
-            self._there_nbytes,
-            min(room, sum(director.plan.sizes.values())),
-            room,
-            self.budget + self._outside_nbytes,
-        )
-
-    def _go_home(self, name: str) -> None:
-        self._outbox.withdraw(name)
-        self.came_home_nbytes += self.engine.part(name).go_home()
-
-    @property
-    def _masters(self) -> object:
-        """See `WeightStore.send`."""
-        return None if self._is_watched else self._call
-
-    def _note_progress(self) -> None:
-        """A step has been ordered: the one before it ends here on the device."""
-        director = self.director
-        if director is not None and director.position >= 0:
-            self._outbox.step_ends(director.plan.steps[director.position].seconds)
 
     # ---- when the device refuses
 
@@ -553,20 +457,15 @@ class WithinBudget:
     def _was_refused(self) -> None:
         """The device has refused: remember at how many bytes, if that was not foreseen."""
         backend, director = self.engine.backend, self.director
-        self._refused_at = backend.allocated_bytes() - self._outside_nbytes
+        self._refused_at = backend.allocated_bytes() - self._moves.outside_nbytes
         if director is not None and self._recording is None and self._expected_beside() is not None:
             self.known.limit(self._key, min(self._refused_at, self._usable_now))
         self.engine.log.because("the device has no room")
         backend.restart_peak()
 
-    def _send_home_but(self, stays: Sequence[str]) -> None:
+    def _send_home_but(self, stays: Iterable[str]) -> None:
         self._now = None
-        try:
-            for part in sorted(self._parts, key=lambda part: part.key):
-                if part.store.is_away and part.key not in stays:
-                    self._go_home(part.key)
-        finally:
-            self._recount()
+        self._moves.send_home_but(stays)
 
     def _send_alone(self, part: Part, needs: tuple[str, ...]) -> None:
         """The device has refused to take what a step needs: it gets all there is."""
@@ -574,15 +473,11 @@ class WithinBudget:
         self._was_refused()
         self._send_home_but(needs)
         try:
-            for name in needs:
-                needed = self.engine.part(name)
-                if not needed.store.is_away:
-                    needed.send(self._masters)
-                needed.arrive()
+            self._moves.send_now(needs)
         except torch.OutOfMemoryError as error:
             raise self.refusal(part.store.name, error, is_alone=True) from error
         finally:
-            self._recount()
+            self._moves.recount()
 
     def went_well(self, part: Part) -> None:
         """There was room for the second try; keep as much more there as leaves it."""
@@ -592,7 +487,7 @@ class WithinBudget:
             self._finish_record(self._recording)
             beside = self._recording.beside_of_stay(part.key)
         else:
-            there = director.resident_nbytes + self._outside_nbytes
+            there = director.resident_nbytes + self._moves.outside_nbytes
             beside = max(0, self.engine.backend.restart_peak() - there)
         logger.info("%s takes %d bytes besides weights", part.key, beside)
         if self._unsqueezed is not None:
@@ -616,7 +511,7 @@ class WithinBudget:
 
     def _finish_record(self, recording: Recording) -> None:
         assert self.director is not None
-        beside = recording.end(self._there_nbytes + self._outside_nbytes)
+        beside = recording.end(self._moves.there_nbytes + self._moves.outside_nbytes)
         if beside is not None:
             self.engine.log.took(beside)
 
@@ -634,7 +529,7 @@ class WithinBudget:
             return
         self._finish_record(recording)
         done = recording.steps()
-        helpers = {p.key for p in self._parts if not p.in_sequence}
+        helpers = {p.key for p in self._moves.parts if not p.in_sequence}
         rest = rest_of_call(done, opened[0], self._prior, helpers)
         plan, self._unpressed = self._guess([*done, *rest]), None
         self.director.follow(plan, at=len(done) - 1)
@@ -643,7 +538,7 @@ class WithinBudget:
         """A plan for steps of which some were never measured."""
         return make_plan(
             steps,
-            self._sizes(),
+            self._moves.sizes,
             self._usable_now,
             self.known.costs(),
             unmeasured_nbytes=self._unmeasured_nbytes,
@@ -658,12 +553,4 @@ class WithinBudget:
 
     def _sizes_at_work(self) -> dict[str, int]:
         """What parts take while they work: those that are cast, before it and after it."""
-        return {name: n + self._cast.get(name, 0) for name, n in self._sizes().items()}
-
-    @property
-    def _ours_nbytes(self) -> int:
-        """Bytes of weights on the device."""
-        return sum(part.store.nbytes for part in self._parts if part.store.is_away)
-
-    def _sizes(self) -> dict[str, int]:
-        return {part.key: part.store.nbytes for part in self._parts}
+        return {name: n + self._cast.get(name, 0) for name, n in self._moves.sizes.items()}

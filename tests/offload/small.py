@@ -75,14 +75,14 @@ def assert_sound(pipe: Any) -> None:
     resident = within.director.resident if within.director is not None else {}
     there = {
         part.key: part.store.nbytes
-        for part in within._parts
+        for part in within._moves.parts
         if any(segment.device is not None for segment in part.store.segments)
     }
     assert there == {name: resident[name] for name in resident if resident[name]}
     assert sum(there.values()) == (within.director.resident_nbytes if within.director else 0)
     beside = torch.sim.memory_allocated() - sum(there.values())
     assert 0 <= beside <= 512 * 2 * len(there), "digests, and nothing else"
-    for part in within._parts:
+    for part in within._moves.parts:
         is_there = part.key in there
         for _, tensor in [t for m in part.modules for t in m.named_parameters()]:
             if id(tensor) in part.held:

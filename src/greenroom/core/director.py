@@ -117,15 +117,19 @@ class Director:
             room > before,
         )
 
-    def end_call(self) -> Orders:
-        """The call is over; what the next one begins with may come already."""
+    def end_call(self, *, is_done: bool = True) -> Orders:
+        """The call is over; what the next one begins with may come already.
+
+        If it `is_done`: as long as the device still works on it, somebody may wait for its result,
+        and should not wait for weights as well.
+        """
         last = len(self.plan.steps) - 1
         arrived: list[str] = []
         out: list[str] = []
         if self.position == last >= 0:  # it was not cut short, and did not end elsewhere
             self._loosen(last + 1, ())
             self._fresh.clear()  # the host has seen the end of the call
-            room, urgent = self.plan.room(0), self._urgent_nbytes()
+            room, urgent = self.plan.room(0), self._urgent_nbytes() if is_done else 0.0
             self._fetch_ahead(last, arrived, out, room, begin=last + 1, most=urgent)
         return Orders(tuple(out), tuple(arrived))  # none is in both: nothing is given up by force
 
