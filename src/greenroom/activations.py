@@ -8,20 +8,19 @@ have shapes and no memory, and if there is no room for it beside the weights, so
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
 #: Kernels take memory for themselves (a convolution that needs another layout, say, copies what it
 #: reads), which nothing tells beforehand: as much again as what they return is left for them.
 _FOR_ITSELF = 2
-#: Operators return at most so many times what they are given, but for those that are given no
-#: tensor. Meta tensors take a millisecond the first time, which is spent only near the limit.
-_MOST_TIMES = 16
 
 
 class ActivationWatch(TorchDispatchMode):
@@ -57,26 +56,28 @@ class ActivationWatch(TorchDispatchMode):
     ) -> Any:
         """Run the operation when there is room for it."""
         kwargs = kwargs or {}
-        given = self._nbytes((args, kwargs))
-        if _MOST_TIMES * given > self._left or kwargs.get("device") is not None:
+        if _returns_memory(func):
             alike = func, _shapes_of(args), _shapes_of(tuple(kwargs.items()))
             takes = self._known.get(alike)
             if takes is None:
                 takes = self._known[alike] = returned_nbytes(func, args, kwargs, self._device)
             if _FOR_ITSELF * takes > self._left:
                 self._left = self._ask(_FOR_ITSELF * takes)
-        result = func(*args, **kwargs)
-        if given or kwargs:  # views count as well, which only makes it ask sooner
-            self._left -= self._nbytes(result)
-        return result
+            self._left -= takes
+        return func(*args, **kwargs)
 
-    def _nbytes(self, value: Any) -> int:
-        return sum([t.nbytes for t in _tensors_in(value) if t.device == self._device])
+
+@functools.cache
+def _returns_memory(func: Any) -> bool:
+    """Whether an operator returns tensors that are no views, and none of those it was given."""
+    returns = getattr(getattr(func, "_schema", None), "returns", ())
+    return any(value.alias_info is None for value in returns)
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        yield value
+        if value.layout is torch.strided and not value.is_nested:  # others have no such bytes
+            yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
             yield from _tensors_in(item)
@@ -88,10 +89,12 @@ def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
 def _shapes_of(value: Any) -> Hashable:
     """What tells how much an operator returns for this argument."""
     if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided or value.is_nested:
+            return id(value)
         return value.shape, value.dtype, value.device
     if isinstance(value, (tuple, list)):
         return tuple([_shapes_of(item) for item in value])
-    return value if isinstance(value, Hashable) else id(value)
+    return (type(value), value) if isinstance(value, Hashable) else id(value)
 
 
 def returned_nbytes(
@@ -102,20 +105,23 @@ def returned_nbytes(
     Where that cannot be known (it depends on values, say) it is taken to be what the operator is
     given there.
     """
-    returns = getattr(getattr(func, "_schema", None), "returns", ())
-    if all(value.alias_info is not None for value in returns):
-        return 0  # views, or what it was given
+    if not _returns_memory(func):
+        return 0
     given = [t for t in _tensors_in((args, kwargs)) if t.device == device]
     named = kwargs.get("device")
     target = torch.device(named) if named is not None else None
     if not given if target is None else not _is_there(target, device):
         return 0
+    if torch.Tag.pointwise in func.tags and target is None:  # the same, without the millisecond
+        shape = torch.broadcast_shapes(*(t.shape for t in given))
+        return int(math.prod(shape)) * max(t.element_size() for t in given)
     try:
-        returned = func(
-            *tree_map_only(torch.Tensor, _without_memory, args),
-            **tree_map_only(torch.Tensor, _without_memory, kwargs)
-            | ({} if target is None else {"device": torch.device("meta")}),
-        )
+        with _disable_current_modes():  # others' are for what is really done
+            returned = func(
+                *tree_map_only(torch.Tensor, _without_memory, args),
+                **tree_map_only(torch.Tensor, _without_memory, kwargs)
+                | ({} if target is None else {"device": torch.device("meta")}),
+            )
     except Exception:  # whatever it was, the operation itself will tell
         return sum(t.nbytes for t in given)
     return sum(t.nbytes for t in _tensors_in(returned))

@@ -109,6 +109,10 @@ class Engine:
         """The part known by a key."""
         return self._parts[key]
 
+    def is_known(self, key: str) -> bool:
+        """Whether there is still such a part: components go when nobody needs them."""
+        return key in self._parts
+
     def leave(self, key: str) -> None:
         """Send a component home and forget it."""
         with self.lock:
@@ -230,6 +234,7 @@ class Engine:
                     self._hand_over(within, 0)
                     if is_outermost:
                         self.log.returns()
+                    self._forget_dropped()
                     within.end_call()
                     if not is_outermost:
                         within.send_all_home()

@@ -184,6 +184,10 @@ class Part:
             self._is_here = True
             self.hang_bells(self.doors)
 
+    def trust(self) -> None:
+        """Until `watch` nobody changes unseen what is sent from now on."""
+        self.is_watched = False
+
     def watch(self) -> None:
         """From now on anybody may change it."""
         self.is_watched = True

@@ -20,10 +20,15 @@ class Moves:
     """The parts within one budget, and where they are."""
 
     def __init__(
-        self, backend: Backend, part: Callable[[str], Part], costs: Callable[[], Costs]
+        self,
+        backend: Backend,
+        part: Callable[[str], Part],
+        is_known: Callable[[str], bool],
+        costs: Callable[[], Costs],
     ) -> None:
         self._backend = backend
         self._part = part
+        self._is_known = is_known
         self._costs = costs
         self._outbox = Outbox(backend, part)
         self._reserve = Reserve(backend)
@@ -128,7 +133,7 @@ class Moves:
         Until it arrives a module uses its masters, and nothing tells of a change to those that no
         version counts.
         """
-        for name in list(names):
+        for name in [name for name in names if self._is_known(name)]:
             self._part(name).arrive()
 
     def step_ends(self) -> None:

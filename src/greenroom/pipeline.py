@@ -23,6 +23,7 @@ from .device.walk import walk, why_valueless
 from .engine import Engine
 from .errors import NoAcceleratorError, UsageError, WeightsError
 from .grant import AUTO, Budget, read_budget, refuse_too_small
+from .known_code import runs_known_code
 from .second_try import original_of
 from .traces import KeptTrace
 
@@ -228,7 +229,7 @@ class Offloading:
             return self.engine.call(type(pipe).__name__, self)
         kind = _kind_of(args, kwargs)
         modules = components_of(pipe)
-        hooks = {name: hook for name, m in modules.items() if (hook := hook_of(m)) is not None}
+        hooks = {name: hook for name, m in modules.items() if (hook := self._hook_of(m))}
         return self.engine.call_within(
             self.within,
             (self._token, kind),
@@ -248,9 +249,13 @@ class Offloading:
                 if _diffusers.is_cast_for_work(modules[name])
                 for part in hook.parts
             ],
-            is_watched=not _diffusers.is_of_diffusers(pipe)
-            or _has_callable([*args, *kwargs.values()]),
+            is_watched=not runs_known_code(pipe) or _has_callable([*args, *kwargs.values()]),
         )
+
+    def _hook_of(self, module: nn.Module | None) -> OffloadHook | None:
+        """The component's hook, unless another budget has it as yet."""
+        hook = hook_of(module)
+        return hook if hook is not None and hook.within is self.within else None
 
     def _steps(self, pipe: Any, kwargs: Mapping[str, Any]) -> list[Step]:
         """What the sequence lets expect: its components one after the other, denoisers in a loop.
@@ -261,7 +266,7 @@ class Offloading:
         steps: list[Step] = []
         modules = components_of(pipe)
         for name in self.order.names:
-            hook = hook_of(modules.get(name))
+            hook = self._hook_of(modules.get(name))
             if hook is None:
                 continue
             if hook.is_halved:

@@ -66,7 +66,7 @@ def _tried(
     before = Before((args, kwargs), part.engine.backend)
     came_home = within.came_home_nbytes
     try:
-        with within.watch(part):
+        with within.foresee(part):
             return original(*args, **kwargs)
     except DeviceOutOfMemory:
         raise

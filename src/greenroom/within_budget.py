@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .activations import ActivationWatch, is_compiled
-from .core.director import Director
+from .core.director import Director, Orders
 from .core.expect import rest_of_call
 from .core.plan import Plan, make_plan
 from .core.trace import Step
@@ -33,7 +33,6 @@ from .grant import (
     smallest_for,
 )
 from .known_calls import KnownCalls
-from .known_code import leaves_weights_alone
 from .moves import Moves
 from .recording import Recording
 from .second_try import refusal_of
@@ -64,7 +63,7 @@ class WithinBudget:
             self.divided_for = max(self.budget, engine.backend.memory_bytes() // 4)
         #: What is known of calls that were seen.
         self.known = KnownCalls(engine.backend.transfer.bytes_per_s)
-        self._moves = Moves(engine.backend, engine.part, self.known.costs)
+        self._moves = Moves(engine.backend, engine.part, engine.is_known, self.known.costs)
         self._kept: KeptTrace | None = None  # of the call that goes on
         self._before: Mapping[str, int] = {}  # bytes of all parts when the call began
         self._cast: dict[str, int] = {}  # seen while a call is learned: bytes after it
@@ -75,9 +74,9 @@ class WithinBudget:
         self._now: Step | None = None
         self._is_watched = False
         self._recording: Recording | None = None  # while a call is learned
-        self._is_watching = False  # what a component works on, while it runs first
+        self._foresees = False  # what a component works on, while it runs first
         self._is_moving = False  # weights
-        #: What is left for what was never measured; None where nobody watches it.
+        #: What is left for what was never measured; None where nobody foresees it.
         self._unmeasured_nbytes: int | None = None
         self._unpressed: Plan | None = None  # what is followed but for what a component works on
         self._refused_at = 0  # bytes that were allocated when the device refused last
@@ -137,8 +136,8 @@ class WithinBudget:
             key: tells which calls are alike.
             prior: the order to expect if no call like it was ever seen.
             casts: parts that are expected to be cast for their work.
-            is_watched: whether somebody else's code runs between the components, which may look at
-                weights, and change them.
+            is_watched: whether somebody else's code runs in it, which may look at weights, and
+                change them.
             kept: what another process may have learned of calls like it.
         """
         self._is_watched = is_watched
@@ -147,7 +146,8 @@ class WithinBudget:
         self._unsqueezed = self._unpressed = None
         self._prior = list(prior)
         self._take_in_what_others_did()
-        self._trust_known_code()
+        for part in self._moves.parts:  # until the call is over, if nobody else's code runs in it
+            part.watch() if is_watched else part.trust()
         self._moves.outside_nbytes = self.engine.backend.allocated_bytes() - self._moves.ours_nbytes
         self._before = self._moves.sizes
         self._kept = kept
@@ -156,7 +156,7 @@ class WithinBudget:
         self._cast = {}
         if plan is None:
             modules = [module for part in self._moves.parts for module in part.modules]
-            is_seen = not any(map(is_compiled, modules))
+            is_seen = key is not None and not any(map(is_compiled, modules))
             self._unmeasured_nbytes = self.budget // ACTIVATION_PARTS if is_seen else None
             plan = self._guess(self._prior)
         director = self.director
@@ -172,26 +172,13 @@ class WithinBudget:
         ]
         self._to_be_cast += [name for name in casts if name not in self._to_be_cast]
 
-    def _trust_known_code(self) -> None:
-        """Look for changes, until the call is over, only to parts that may be changed unseen."""
-        known: dict[int, bool] = {}  # by component, of which blocks are a part as well
-
-        def is_known(part: Part) -> bool:
-            whole = part if part.beside is None else part.beside
-            if id(whole) not in known:
-                known[id(whole)] = all(map(leaves_weights_alone, whole.modules))
-            return known[id(whole)]
-
-        for part in self._moves.parts:
-            if self._is_watched or not is_known(part):
-                part.watch()
-            else:
-                part.is_watched = False
-
     def _take_in_what_others_did(self) -> None:
-        """Parts whose tensors were replaced since the last call, by a cast say, go home."""
+        """Parts with new tensors since the last call, by a cast or an adapter say, go home."""
         self._moves.call_begins()
         self._moves.follow_stream()
+        for part in list(self._moves.parts):
+            if part.store.has_grown:
+                self.send_home(part)
         self._send_replaced_home()
 
     def _send_replaced_home(self) -> None:
@@ -224,11 +211,9 @@ class WithinBudget:
         elif not is_as_planned:
             logger.info("%d steps were not as planned: learning anew", director.deviations)
             self.known.forget(self._key)
-            self._expect_changes()
-            return
         for part in self._moves.parts:
             part.is_watched = True  # what is sent now is there when others may change it
-        orders = director.end_call(is_done=is_done)
+        orders = director.end_call(is_done=is_done) if is_as_planned else Orders()
         try:
             self._moves.carry_out(orders, (), director.plan.room(0), self.budget)
             self._moves.send_all()
@@ -250,7 +235,7 @@ class WithinBudget:
             )
 
     def _expect_changes(self) -> None:
-        """Whoever runs now may change weights, wherever they are."""
+        """Whoever runs now may change weights, wherever they are: note what is on the device."""
         self._moves.masters = self._kept = None
         for part in self._moves.parts:
             part.watch()
@@ -321,14 +306,13 @@ class WithinBudget:
         if self._recording is not None:
             self._finish_record(self._recording)
         if self.director is None:  # no pipeline's call, which would have an end: nothing is learned
-            self.begin_call(None, [])
+            self.begin_call(None, [], is_watched=True)
             self._recording = self._moves.masters = None
             if enters:
                 self._inside.append(part.key)
         assert self.director is not None
-        if enters and self._unpressed is not None:  # what it worked on is gone
-            self.director.follow(self._unpressed, at=self.director.position)
-            self._unpressed = None
+        if self._inside == [part.key]:  # what the one before it worked on is gone
+            self._relax()
         orders = self.director.begin(step)
         self._moves.step_ends()
         self.engine.log.needs(
@@ -375,26 +359,32 @@ class WithinBudget:
         if self._recording is not None and not self._inside:
             self._replan(part, self._recording)
 
-    def watch(self, part: Part) -> contextlib.AbstractContextManager[object]:
+    def _relax(self) -> None:
+        """What pressed is over: follow the plan as it was."""
+        if self.director is not None and self._unpressed is not None:
+            self.director.follow(self._unpressed, at=self.director.position)
+        self._unpressed = None
+
+    def foresee(self, part: Part) -> contextlib.AbstractContextManager[object]:
         """While a component runs first, what it works on makes room for itself."""
         recording = self._recording
         if (
             recording is None
             or self._unmeasured_nbytes is None
-            or self._is_watching
+            or self._foresees
             or len(recording.opened(part.key)) != 1
         ):
             return contextlib.nullcontext()
-        return self._watching()
+        return self._foreseeing()
 
     @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        self._is_watching = True
+    def _foreseeing(self) -> Iterator[None]:
+        self._foresees = True
         try:
             with ActivationWatch(self.engine.device, self._make_room_beside):
                 yield
         finally:
-            self._is_watching = False
+            self._foresees = False
 
     def _make_room_beside(self, nbytes: int) -> int:
         """So many bytes are about to be worked on besides weights; returns what there is for it."""
@@ -414,7 +404,7 @@ class WithinBudget:
             self.engine.log.because("what a component works on needs room")
             self._moves.carry_out(director.press(room, needs), (), room, self.budget)
             backend.restart_peak()
-        return self._usable_now - room - beside
+        return self._usable_now - max(room, director.resident_nbytes) - beside
 
     def _held(self, part: Part) -> tuple[str, ...]:
         """What has to be there while a part runs, itself perhaps apart."""
@@ -450,6 +440,7 @@ class WithinBudget:
         self._send_home_but(around)
         if self._recording is not None:
             self._recording.forget_stay(part.key)
+        self._relax()
         if self._unsqueezed is None:
             self._unsqueezed = director.plan
         director.follow(director.plan.squeezed(0), at=director.position)

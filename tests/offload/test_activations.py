@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import greenroom
 import greenroom.sim as sim
@@ -83,6 +84,41 @@ def test_compiled_modules_are_known() -> None:
     assert is_compiled(inside) and is_compiled(forward) and is_compiled(torch.compile(plain))
 
 
+def test_what_is_alike_is_not_mixed_up() -> None:
+    asked: list[int] = []
+
+    def ask(nbytes: int) -> int:
+        asked.append(nbytes)
+        return 0
+
+    with ActivationWatch(SIM, ask):
+        torch.full((1000,), True, device=SIM)
+        torch.full((1000,), 1, device=SIM)  # True == 1, but takes eight bytes
+    assert asked == [2 * 1000, 2 * 8000]
+
+
+def test_tensors_without_such_bytes_pass_through() -> None:
+    with ActivationWatch(torch.device("cpu"), lambda nbytes: nbytes):
+        sparse = torch.eye(4).to_sparse() * 2.0
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]) * 2.0
+    assert torch.equal(sparse.to_dense(), torch.eye(4) * 2) and nested.is_nested
+
+
+def test_modes_of_others_see_only_what_is_really_done() -> None:
+    class Others(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            assert not any(isinstance(a, torch.Tensor) and a.is_meta for a in args)
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with torch.no_grad(), Others(), ActivationWatch(SIM, lambda nbytes: nbytes):
+        nothing(8, 64) @ nothing(64, 8)
+    assert [name for name in seen if "mm" in name] == ["aten.mm.default"]
+
+
 class Wide(nn.Module):
     """Small weights, and a lot to work on."""
 
@@ -128,3 +164,42 @@ def test_weights_make_room_for_what_a_later_component_works_on(times: int) -> No
             assert cost.h2d_bytes < 1.02 * sum(
                 p.nbytes for module in pipe.components.values() for p in module.parameters()
             ) + x.nbytes + (6 * MIB if times > 1000 else 0)
+
+
+def test_a_forward_that_found_no_room_is_alone_the_second_time() -> None:
+    x = torch.randn(1, 512)
+    expected = Pipeline(24_000)(x)
+    sim.configure("rtx-4090", capacity="13MiB")  # less than is granted
+    pipe = Pipeline(24_000)
+    greenroom.enable_model_cpu_offload(pipe, budget=22 * MIB)
+    for _ in range(2):
+        assert torch.equal(pipe(x), expected)
+
+
+class Outer(nn.Module):
+    """Returns a thousand times what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 1024)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        row = self.linear(x)
+        return (row.T * row).sum(0, keepdim=True)
+
+
+def test_a_small_input_may_give_a_large_result() -> None:
+    def build() -> Pipeline:
+        pipe = Pipeline(1)
+        torch.manual_seed(1)
+        pipe.wide = pipe.components["wide"] = Outer()  # type: ignore[assignment]
+        return pipe
+
+    x = torch.randn(1, 512)
+    expected = build()(x)
+    sim.configure("rtx-4090", capacity="1GiB")
+    pipe, budget = build(), 14 * MIB
+    greenroom.enable_model_cpu_offload(pipe, budget=budget)
+    with sim.measure() as cost:
+        assert torch.equal(pipe(x), expected)
+    assert cost.peak_bytes <= budget

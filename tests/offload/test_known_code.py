@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import FluxPipeline
 from torch import nn
 
 import greenroom
 import greenroom.sim as sim
 from greenroom.device import store
-from greenroom.known_code import leaves_weights_alone, runs_known_code
+from greenroom.known_code import runs_known_code
 from greenroom.zoo.tiny import call_kwargs, tiny
 
 
@@ -42,15 +45,66 @@ class Own(nn.Linear):
     pass
 
 
-def hooked(module: nn.Module) -> nn.Module:
-    module.register_forward_pre_hook(lambda module, args: None)
-    return module
+class OwnPipeline(FluxPipeline):  # type: ignore[misc]
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> Any:
+        self.text_encoder.text_model.final_layer_norm.weight.data.mul_(1.25)
+        return super().encode_prompt(*args, **kwargs)
 
 
-def patched(module: nn.Module) -> nn.Module:
-    forward = module.forward
-    module.forward = lambda x: forward(x)  # type: ignore[method-assign]
-    return module
+def around(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The usual way to patch: it says that it is what it wraps."""
+
+    @functools.wraps(function)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return patched
+
+
+class Hook(ModelHook):  # type: ignore[misc]
+    pass
+
+
+def own_class(pipe: Any) -> None:
+    pipe.transformer.proj_out.__class__ = Own
+
+
+def own_pipeline(pipe: Any) -> None:
+    pipe.__class__ = OwnPipeline
+
+
+def own_forward(pipe: Any) -> None:
+    pipe.transformer.proj_out.forward = around(pipe.transformer.proj_out.forward)
+
+
+def own_method(pipe: Any) -> None:
+    pipe.vae.decode = around(pipe.vae.decode)
+
+
+def own_hook(pipe: Any) -> None:
+    pipe.transformer.proj_out.register_forward_pre_hook(lambda module, args: None)
+
+
+def own_accelerate_hook(pipe: Any) -> None:
+    add_hook_to_module(pipe.transformer.proj_out, Hook())
+
+
+def own_processor(pipe: Any) -> None:
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.processor = Processor(attention.processor)
+
+
+def parametrised(pipe: Any) -> None:
+    pipe.transformer.proj_out.__class__ = Own
+    nn.utils.parametrizations.spectral_norm(pipe.transformer.proj_out)
+
+
+def statistics(pipe: Any) -> None:
+    pipe.transformer.norm = nn.BatchNorm1d(2)  # in training its kernel writes them
+
+
+def quiet_statistics(pipe: Any) -> None:
+    pipe.transformer.norm = nn.BatchNorm1d(2).eval()
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux", "wan2.2", "sdxl-controlnet"])
@@ -63,28 +117,44 @@ def test_published_pipelines_are_known(name: str, is_offloaded: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "is_known"),
+    "change",
     [
-        (nn.Sequential(nn.Linear(2, 2), nn.ReLU()), True),
-        (nn.BatchNorm1d(2).eval(), True),
-        (nn.BatchNorm1d(2), False),  # the kernel writes its statistics
-        (nn.Sequential(Own(2, 2)), False),
-        (hooked(nn.Linear(2, 2)), False),
-        (patched(nn.Linear(2, 2)), False),
-        (nn.utils.parametrizations.spectral_norm(Own(2, 2)), False),
+        own_class,
+        own_pipeline,
+        own_forward,
+        own_method,
+        own_hook,
+        own_accelerate_hook,
+        own_processor,
+        parametrised,
+        statistics,
     ],
 )
-def test_what_is_known_of_modules(module: nn.Module, is_known: bool) -> None:
-    assert leaves_weights_alone(module) is is_known
+def test_what_somebody_else_has_put_in_is_not_known(change: Callable[[Any], None]) -> None:
+    pipe = build("flux")
+    quiet_statistics(pipe)
+    assert runs_known_code(pipe)
+    change(pipe)
+    assert not runs_known_code(pipe)
+
+
+def test_methods_that_were_replaced_in_a_class_are_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe = build("flux")
+    block = type(pipe.transformer.transformer_blocks[0])
+    monkeypatch.setattr(block, "forward", around(block.forward))
+    assert not runs_known_code(pipe)
 
 
 def test_hooks_on_all_modules_are_somebody_elses_code() -> None:
+    pipe = build("flux")
     handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: None)
     try:
-        assert not leaves_weights_alone(nn.Linear(2, 2))
+        assert not runs_known_code(pipe)
     finally:
         handle.remove()
-    assert leaves_weights_alone(nn.Linear(2, 2))
+    assert runs_known_code(pipe)
 
 
 def test_weights_are_read_only_where_they_may_be_changed(
@@ -151,3 +221,72 @@ def test_what_others_change_on_the_device_between_calls_is_kept() -> None:
         pipe.transformer.parameters(), other.transformer.parameters(), strict=True
     ):
         assert torch.equal(ours, theirs)
+
+
+def changed(pipe: Any, other: Any, name: str = "transformer") -> None:
+    for each in (pipe, other):
+        for parameter in getattr(each, name).parameters():
+            parameter.data.mul_(1.0625)
+
+
+@pytest.mark.parametrize("budget", [1_200_000, 2_500_000])
+@pytest.mark.parametrize("name", ["transformer", "text_encoder_2"])
+def test_what_is_changed_after_a_call_that_went_otherwise_is_used(budget: int, name: str) -> None:
+    pipe, other = build("flux"), build("flux")
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget=budget)
+    for _ in range(2):
+        assert torch.equal(picture(pipe), picture(other))
+    original = type(pipe)
+    interrupted = type("Interrupted", (original,), {"interrupt": property(lambda self: True)})
+    pipe.__class__ = interrupted
+    picture(pipe)
+    pipe.__class__ = original
+    changed(pipe, other, name)
+    for _ in range(3):
+        assert torch.equal(picture(pipe), picture(other))
+
+
+def test_what_is_changed_after_a_component_was_called_by_itself_is_kept() -> None:
+    pipe, other = build("flux"), build("flux")
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget=2_500_000)
+    with torch.no_grad():
+        pipe.text_encoder(torch.zeros(1, 8, dtype=torch.int64))
+    changed(pipe, other, "text_encoder")
+    greenroom.offload_now(pipe)
+    for ours, theirs in zip(
+        pipe.text_encoder.parameters(), other.text_encoder.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_result_is_not_lost_because_there_is_no_room_to_look_at_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pipe, other = build("flux"), build("flux")
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget=2_500_000)
+    original = store.WeightStore._take_digests
+
+    def refused(self: Any, segments: Any) -> None:
+        if segments:
+            raise torch.OutOfMemoryError("no room")
+        original(self, segments)
+
+    monkeypatch.setattr(store.WeightStore, "_take_digests", refused)
+    assert torch.equal(picture(pipe), picture(other))
+    monkeypatch.undo()
+    changed(pipe, other)
+    assert torch.equal(picture(pipe), picture(other))
+
+
+def test_a_layer_that_was_added_between_two_calls_comes_along() -> None:
+    pipe, other = build("flux"), build("flux")
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget="64MiB")
+    assert torch.equal(picture(pipe), picture(other))
+    for each in (pipe, other):
+        torch.manual_seed(0)
+        out = each.transformer.proj_out
+        each.transformer.proj_out = nn.Sequential(
+            out, nn.Linear(out.out_features, out.out_features)
+        )
+    for _ in range(2):
+        assert torch.equal(picture(pipe), picture(other))

@@ -7,7 +7,7 @@ made:
 - another tensor, dtype or shape was put in a parameter's place: seen by address;
 - in place (`add_`): seen by the tensor's version;
 - through `.data`, which no version counts: seen by a digest of the device's copy, taken when it
-  arrives and when it leaves.
+  arrives, or may be changed so from then on, and when it leaves.
 
 Verbs come in pairs, so that the host can do something else in between: `send` and `arrive`, `check`
 and `offload`.
@@ -278,9 +278,12 @@ class WeightStore:
         if self._is_watched:
             return
         self._is_watched, self._check = True, None
-        with as_memory():
-            self.backend.transfer.wait(self._mark)
-            self._take_digests([segment for segment in self.segments if segment.digest is None])
+        try:
+            with as_memory():
+                self.backend.transfer.wait(self._mark)
+                self._take_digests([segment for segment in self.segments if segment.digest is None])
+        except RuntimeError:  # no room for it: all of it will come home
+            self.backend.synchronize()
 
     def recheck(self) -> None:
         """Forget what `check` began."""
@@ -302,6 +305,19 @@ class WeightStore:
     def is_as_it_came(self) -> bool:
         """Whether the module uses the very memory that was brought there, if any was."""
         return all(is_same_place(r.tensor, r.moved) for r in self._residents)
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether the module holds weights at home that came after the others had left."""
+        if not self.is_here:
+            return False
+        there = {id(resident.tensor) for resident in self._residents}
+        return any(
+            id(held.tensor) not in there
+            and held.tensor.device.type == "cpu"
+            and is_plain(held.tensor)
+            for held in self._held()
+        )
 
     def _on_device(self, home: Home) -> torch.Tensor:
         """A master's copy."""
