@@ -117,7 +117,9 @@ class Engine:
         """Send a component home and forget it."""
         with self.lock:
             self.send_home(key)
-            self._parts.pop(key, None)
+            part = self._parts.pop(key, None)
+            if part is not None and part.within is not None:
+                part.within.remove(part)
             self._forget(key)
 
     def _forget(self, key: str) -> None:

@@ -133,12 +133,12 @@ def refuse_if_exceeded(steps: Iterable[Step], sizes: Mapping[str, int], budget: 
 
 #: Bytes that telling whether a small part has changed takes for a moment. When that is depends on
 #: what else is on its way, so a step may take it in one call and not in another.
-_DIGESTS = 8 * 2**10
+DIGESTS_NBYTES = 8 * 2**10
 
 
 def smallest_for(nbytes: int) -> str:
     """The smallest budget whose steps may take so many bytes, as people write it."""
-    nbytes += _DIGESTS
+    nbytes += DIGESTS_NBYTES
     return _rounded_up(nbytes + -(-nbytes // (SPARE_PARTS - 1)))
 
 

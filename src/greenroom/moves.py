@@ -99,6 +99,7 @@ class Moves:
                     self._outbox.send(name, self.masters)
                 self._part(name).arrive()
             self._outbox.send_ahead(self.masters, self._costs)
+            self._reserve.note(self.there_nbytes)
         except BaseException:
             self.recount()
             raise
@@ -108,7 +109,6 @@ class Moves:
         director = self.director
         assert director is not None
         if room == self._room:
-            self._reserve.note(director.resident_nbytes)
             return
         self._room = room
         most_nbytes = min(room, sum(director.plan.sizes.values()))
@@ -118,6 +118,7 @@ class Moves:
     def send_all(self) -> None:
         """Send all that was ordered."""
         self._outbox.send_all(self.masters)
+        self._reserve.note(self.there_nbytes)
 
     def send_now(self, names: Iterable[str]) -> None:
         """Have these in use, whoever ordered what."""

@@ -119,6 +119,10 @@ class WithinBudget:
         """Know a part from now on."""
         self._moves.parts.add(part)
 
+    def remove(self, part: Part) -> None:
+        """It was taken down, and has no say in where its weights are, however long it lives."""
+        self._moves.parts.discard(part)
+
     # ---- a call
 
     def begin_call(

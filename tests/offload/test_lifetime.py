@@ -14,6 +14,7 @@ from torch import nn
 
 import greenroom
 import greenroom.sim as sim
+from greenroom.pipeline import state_of
 from greenroom.zoo.tiny import call_kwargs, tiny
 
 SEQUENCE = "first->second"
@@ -163,3 +164,16 @@ def test_a_real_pipeline_leaves_nothing() -> None:
     del pipe
     gc.collect()
     assert unet() is None
+
+
+def test_what_was_taken_down_has_no_say_any_more() -> None:
+    pipe = tiny("flux")
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget="64MiB")
+    within = state_of(pipe).within  # type: ignore[union-attr]
+    assert within is not None
+    parts = list(within._moves.parts)  # as a debugger, or a cycle that was not collected yet
+    greenroom.disable_model_cpu_offload(pipe)
+    assert not within._moves.parts
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget="64MiB")
+    assert len(within._moves.parts) == len(parts)
+    assert not set(parts).intersection(within._moves.parts)

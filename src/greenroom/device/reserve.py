@@ -28,7 +28,7 @@ class Reserve:
         self._most_nbytes = 0  # of weights since the cache was emptied
 
     def note(self, weights_nbytes: int) -> None:
-        """So many bytes of weights are on the device now, or about to be."""
+        """So many bytes of weights are on the device now."""
         self._most_nbytes = max(self._most_nbytes, weights_nbytes)
 
     def make_fit(self, weights_nbytes: int, most_nbytes: int, room: int, budget: int) -> None:

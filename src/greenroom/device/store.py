@@ -484,7 +484,8 @@ class WeightStore:
 
     def settle_all(self) -> None:
         """Settle every segment."""
-        self.lay_out()
+        with as_memory():
+            self.lay_out()
         while (segment := self.next_to_settle) is not None:
             self.settle(segment)
 

@@ -19,7 +19,7 @@ from .forecast import Forecast, forecast, most_points
 from .recording import COARSEST, Card, Recording
 
 _PROMPT = "an astronaut riding a green horse"
-_RECUTS = 2  # for small budgets
+_RECUTS = 3  # for small budgets
 _CALLS = 3 + _RECUTS
 
 
@@ -101,7 +101,7 @@ def record(
             for _ in range(_RECUTS):
                 before = least
                 least = recorder.recording(name, said, {}).cut_for(least).least
-                if least >= COARSEST or least > 0.9 * before:
+                if least >= COARSEST or 0.9 * before < least <= before:
                     break
                 recorder.record(least)
         except torch.OutOfMemoryError as error:

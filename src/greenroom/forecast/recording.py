@@ -20,6 +20,7 @@ from typing import Any
 from ..core.simulate import Costs
 from ..core.trace import Step
 from ..errors import UsageError
+from ..grant import DIGESTS_NBYTES
 
 FORMAT, VERSION = "greenroom trace", 1
 
@@ -61,13 +62,15 @@ class Cut:
 
     @cached_property
     def least(self) -> int:
-        """The smallest budget in which every step has room for its weights and what it works on."""
-        return budget_of(
-            max(
-                sum(self.sizes[name] for name in step.needs) + (step.beside_nbytes or 0)
-                for step in self.steps
-            )
+        """The smallest budget in which every step has room for its weights and what it works on.
+
+        Of that a step may take a little more in one call than in another.
+        """
+        most = max(
+            sum(self.sizes[name] for name in step.needs) + (step.beside_nbytes or 0)
+            for step in self.steps
         )
+        return budget_of(most + DIGESTS_NBYTES)
 
     @cached_property
     def whole(self) -> int:
@@ -123,7 +126,8 @@ class Recording:
         """The call with its parts cut for a budget, or for the nearest that was recorded.
 
         Where the budget has no room for the nearest, a finer one may do: the engine cuts finer as
-        budgets get smaller. A coarser one does not, whether or not there would be room for it.
+        budgets get smaller. A coarser one does not, whether or not there would be room for it; nor
+        does any other where it is known how the engine cuts for this very budget.
         """
         wanted = min(budget, COARSEST)
 
@@ -131,6 +135,8 @@ class Recording:
             return max(cut.cut_to, wanted) / max(min(cut.cut_to, wanted), 1)
 
         nearest = min(self.cuts, key=away)
+        if nearest.cut_to == wanted:
+            return nearest
         fitting = [c for c in self.cuts if c.cut_to <= nearest.cut_to and c.least <= budget]
         return min(fitting or [nearest], key=away)
 
