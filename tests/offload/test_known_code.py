@@ -29,6 +29,11 @@ def picture(pipe: Any, **changed: Any) -> torch.Tensor:
     return torch.as_tensor(pipe(**{**call_kwargs("flux"), **changed}).images).cpu()
 
 
+def assert_same_weights(module: nn.Module, other: nn.Module) -> None:
+    for ours, theirs in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 class Processor:
     """Somebody's attention, which scales a weight when it has used it."""
 
@@ -196,10 +201,7 @@ def test_weights_that_somebodys_code_changes_inside_are_kept() -> None:
     for _ in range(3):
         assert torch.equal(picture(pipe), picture(other))
     greenroom.disable_model_cpu_offload(pipe)
-    for ours, theirs in zip(
-        pipe.transformer.parameters(), other.transformer.parameters(), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    assert_same_weights(pipe.transformer, other.transformer)
 
 
 def test_what_others_change_on_the_device_between_calls_is_kept() -> None:
@@ -217,10 +219,7 @@ def test_what_others_change_on_the_device_between_calls_is_kept() -> None:
     for _ in range(2):
         assert torch.equal(picture(pipe), picture(other))
     greenroom.disable_model_cpu_offload(pipe)
-    for ours, theirs in zip(
-        pipe.transformer.parameters(), other.transformer.parameters(), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    assert_same_weights(pipe.transformer, other.transformer)
 
 
 def changed(pipe: Any, other: Any, name: str = "transformer") -> None:
@@ -253,10 +252,7 @@ def test_what_is_changed_after_a_component_was_called_by_itself_is_kept() -> Non
         pipe.text_encoder(torch.zeros(1, 8, dtype=torch.int64))
     changed(pipe, other, "text_encoder")
     greenroom.offload_now(pipe)
-    for ours, theirs in zip(
-        pipe.text_encoder.parameters(), other.text_encoder.parameters(), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    assert_same_weights(pipe.text_encoder, other.text_encoder)
 
 
 def test_a_result_is_not_lost_because_there_is_no_room_to_look_at_weights(

@@ -24,13 +24,6 @@ def is_pipeline(pipe: Any) -> bool:
     return hasattr(pipe, "maybe_free_model_hooks") and hasattr(pipe, "components")
 
 
-def is_of_diffusers(pipe: Any) -> bool:
-    """Whether the code of its call is diffusers' own, which leaves weights alone."""
-    call = getattr(type(pipe), "__call__", None)  # noqa: B004
-    call = inspect.unwrap(call) if call is not None else None
-    return getattr(call, "__module__", "").partition(".")[0] == "diffusers"
-
-
 def is_cast_for_work(module: Any) -> bool:
     """Whether pipelines cast the component to another dtype before they use it, and back.
 
