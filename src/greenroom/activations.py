@@ -18,9 +18,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-#: Kernels take memory for themselves (a convolution that needs another layout, say, copies what it
-#: reads), which nothing tells beforehand: as much again as what they return is left for them.
+#: Kernels take memory for themselves, which nothing tells beforehand: as much again as what they
+#: return is left for them. A convolution whose fastest kernel needs another layout also copies what
+#: it reads. If it finds no room for that, it is done by another kernel without a word, and that one
+#: gives other bits.
 _FOR_ITSELF = 2
+_COPY_WHAT_THEY_READ = frozenset({torch.ops.aten.convolution, torch.ops.aten.cudnn_convolution})
 
 
 class ActivationWatch(TorchDispatchMode):
@@ -58,12 +61,14 @@ class ActivationWatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if _returns_memory(func):
             alike = func, _shapes_of(args), _shapes_of(tuple(kwargs.items()))
-            takes = self._known.get(alike)
-            if takes is None:
-                takes = self._known[alike] = returned_nbytes(func, args, kwargs, self._device)
-            if _FOR_ITSELF * takes > self._left:
-                self._left = self._ask(_FOR_ITSELF * takes)
-            self._left -= takes
+            known = self._known.get(alike)
+            if known is None:
+                returns = returned_nbytes(func, args, kwargs, self._device)
+                known = self._known[alike] = returns, _worked_on_nbytes(func, args, returns)
+            returns, works_on = known
+            if returns + works_on > self._left:
+                self._left = self._ask(returns + works_on)
+            self._left -= returns
         return func(*args, **kwargs)
 
 
@@ -125,6 +130,12 @@ def returned_nbytes(
     except Exception:  # whatever it was, the operation itself will tell
         return sum(t.nbytes for t in given)
     return sum(t.nbytes for t in _tensors_in(returned))
+
+
+def _worked_on_nbytes(func: Any, args: tuple[Any, ...], returns: int) -> int:
+    """Bytes that an operator's kernel may take for itself."""
+    reads = _tensors_in(args) if func.overloadpacket in _COPY_WHAT_THEY_READ else ()
+    return (_FOR_ITSELF - 1) * returns + sum(t.nbytes for t in reads)
 
 
 def _is_there(target: torch.device, device: torch.device) -> bool:

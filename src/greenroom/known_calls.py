@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("greenroom")
 
 _USUAL_COSTS = Costs(20e9)  # PCIe 4.0 x16, until the link was measured
+_LEAST_PARTS = 16  # of a budget: no more of it is left for memory that cannot be used
 _SAME = 0.95  # a plan for at least so much of what may be used is good enough
 
 
@@ -36,8 +37,12 @@ class _Known:
 class KnownCalls:
     """Plans of calls by their key, which tells which calls are alike."""
 
-    def __init__(self, h2d_bytes_per_s: Callable[[], float | None]) -> None:
+    def __init__(
+        self, h2d_bytes_per_s: Callable[[], float | None], unusable_nbytes: int = 0
+    ) -> None:
+        """Of a link whose speed is measured as it is used; and a device's `unusable_nbytes`."""
         self._measured = h2d_bytes_per_s
+        self._unusable_nbytes = unusable_nbytes
         self._kept_h2d_bytes_per_s: float | None = None
         self._plans: dict[Hashable, _Known] = {}
         self._stale: set[Hashable] = set()  # what is kept of them has proved wrong
@@ -54,7 +59,8 @@ class KnownCalls:
 
         Digests, and what differs from call to call, take a little that is in no plan.
         """
-        usable = budget - budget // SPARE_PARTS
+        spare = budget // SPARE_PARTS + min(self._unusable_nbytes, budget // _LEAST_PARTS)
+        usable = budget - spare
         return min(usable, self._limits.get(key, usable))
 
     def plan(

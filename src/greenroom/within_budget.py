@@ -62,7 +62,9 @@ class WithinBudget:
         if self._is_auto:  # more may be free when they run
             self.divided_for = max(self.budget, engine.backend.memory_bytes() // 4)
         #: What is known of calls that were seen.
-        self.known = KnownCalls(engine.backend.transfer.bytes_per_s)
+        backend = engine.backend
+        self.known = KnownCalls(backend.transfer.bytes_per_s, backend.unusable_nbytes)
+        backend.let_segments_grow()
         self._moves = Moves(engine.backend, engine.part, engine.is_known, self.known.costs)
         self._kept: KeptTrace | None = None  # of the call that goes on
         self._before: Mapping[str, int] = {}  # bytes of all parts when the call began

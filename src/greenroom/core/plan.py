@@ -136,7 +136,7 @@ def make_plan(
         for phase, room in zip(found, rooms, strict=True)
     ]
     short = [steps[i] for i in _folded(found)]
-    call = _Call(short, sizes, budget, phases(short), rooms, costs)
+    call = _Call(short, sizes, budget, _folded_phases(found), rooms, costs)
     within = frozenset(
         (i, offset, name)
         for i, (phase, flows) in enumerate(zip(found, streams, strict=True))
@@ -313,6 +313,15 @@ def _folded(found: Sequence[Phase]) -> list[int]:
         for phase in found
         for i in range(phase.begin, phase.begin + phase.length * min(phase.times, _rounds(phase)))
     ]
+
+
+def _folded_phases(found: Sequence[Phase]) -> list[Phase]:
+    """The same loops in that call; found anew they might be others, as fewer rounds look alike."""
+    folded: list[Phase] = []
+    for phase in found:
+        begin = folded[-1].end if folded else 0
+        folded.append(replace(phase, begin=begin, times=min(phase.times, _rounds(phase))))
+    return folded
 
 
 def _rounds(phase: Phase) -> int:
