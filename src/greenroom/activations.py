@@ -43,7 +43,7 @@ class ActivationWatch(TorchDispatchMode):
         self._device = device
         self._ask = ask
         self._left = 0
-        self._known: dict[Hashable, int] = {}  # blocks repeat
+        self._known: dict[Hashable, tuple[int, int]] = {}  # blocks repeat
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:

@@ -136,6 +136,8 @@ class Part:
     def _ring(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self._is_copy:
             return args, kwargs
+        if self.within is not None and self.within.is_quiet and self._is_here:
+            return self.bring(args), self.bring(kwargs)
         if self.within is None and not self._is_known(module):
             self.doors = (*self.doors, module)  # it is called by itself: maybe again
         self.engine.need(self.key, enters=id(module) in self._entrances)

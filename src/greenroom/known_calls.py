@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("greenroom")
 
 _USUAL_COSTS = Costs(20e9)  # PCIe 4.0 x16, until the link was measured
-_LEAST_PARTS = 16  # of a budget: no more of it is left for memory that cannot be used
 _SAME = 0.95  # a plan for at least so much of what may be used is good enough
 
 
@@ -38,11 +37,13 @@ class KnownCalls:
     """Plans of calls by their key, which tells which calls are alike."""
 
     def __init__(
-        self, h2d_bytes_per_s: Callable[[], float | None], unusable_nbytes: int = 0
+        self,
+        h2d_bytes_per_s: Callable[[], float | None],
+        unusable_nbytes: Callable[[int], int] = lambda budget: 0,
     ) -> None:
-        """Of a link whose speed is measured as it is used; and a device's `unusable_nbytes`."""
+        """Of a link whose speed is measured as it is used; see `Backend.unusable_nbytes`."""
         self._measured = h2d_bytes_per_s
-        self._unusable_nbytes = unusable_nbytes
+        self._unusable = unusable_nbytes
         self._kept_h2d_bytes_per_s: float | None = None
         self._plans: dict[Hashable, _Known] = {}
         self._stale: set[Hashable] = set()  # what is kept of them has proved wrong
@@ -59,8 +60,7 @@ class KnownCalls:
 
         Digests, and what differs from call to call, take a little that is in no plan.
         """
-        spare = budget // SPARE_PARTS + min(self._unusable_nbytes, budget // _LEAST_PARTS)
-        usable = budget - spare
+        usable = budget - budget // SPARE_PARTS - min(self._unusable(budget), budget // 8)
         return min(usable, self._limits.get(key, usable))
 
     def plan(
@@ -115,10 +115,14 @@ class KnownCalls:
             kept.save(Trace(plan.steps, plan.sizes, self._measured()))
 
     def limit(self, key: Hashable, nbytes: int) -> None:
-        """The device has refused such a call at so many bytes: it is learned anew, below them."""
+        """The device has refused such a call at so many bytes: it is planned anew, below them.
+
+        If that happens again, what was measured of it is doubtful as well: it is learned anew.
+        """
         logger.info("no room at %d bytes: calls like this one keep below it", nbytes)
+        if key in self._limits:
+            self.forget(key)
         self._limits[key] = max(0, nbytes)
-        self.forget(key)
 
     def forget(self, key: Hashable) -> None:
         """Such calls are learned anew, whatever is kept of them."""

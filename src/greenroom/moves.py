@@ -140,8 +140,18 @@ class Moves:
     def step_ends(self) -> None:
         """A step is about to be ordered: the one before it ends here on the device."""
         director = self.director
-        if director is not None and director.position >= 0:
-            self._outbox.step_ends(director.plan.steps[director.position].seconds)
+        if director is None or director.position < 0:
+            return
+        steps = director.plan.steps
+        if not director.is_quiet:
+            self._outbox.step_ends(steps[director.position].seconds)
+        else:
+            self._outbox.step_ends(sum(steps[i].seconds or 0.0 for i in director.stay))
+
+    @property
+    def waits_to_send(self) -> bool:
+        """Whether something that was ordered was not sent yet."""
+        return bool(self._outbox)
 
     def follow_stream(self) -> None:
         """Whoever computes on another stream now comes after all that was done on the last one."""

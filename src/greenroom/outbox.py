@@ -33,6 +33,9 @@ class Outbox:
         """Bytes that are still to be sent, of parts of these sizes."""
         return sum(sizes.get(name, 0) for name in self._unsent)
 
+    def __bool__(self) -> bool:
+        return bool(self._unsent)
+
     def __contains__(self, name: str) -> bool:
         return name in self._unsent
 

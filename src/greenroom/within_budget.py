@@ -78,6 +78,8 @@ class WithinBudget:
         self._recording: Recording | None = None  # while a call is learned
         self._foresees = False  # what a component works on, while it runs first
         self._is_moving = False  # weights
+        #: Nothing comes or goes while the component that runs does: its parts need not be told of.
+        self.is_quiet = False
         #: What is left for what was never measured; None where nobody foresees it.
         self._unmeasured_nbytes: int | None = None
         self._unpressed: Plan | None = None  # what is followed but for what a component works on
@@ -146,10 +148,11 @@ class WithinBudget:
                 change them.
             kept: what another process may have learned of calls like it.
         """
-        self._is_watched = is_watched
+        self._is_watched, self.is_quiet = is_watched, False
         self._moves.masters = None if is_watched else object()
         self._inside, self._now, self._key = [], None, key
         self._unsqueezed = self._unpressed = None
+        self._refused_at = 0
         self._prior = list(prior)
         self._take_in_what_others_did()
         for part in self._moves.parts:  # until the call is over, if nobody else's code runs in it
@@ -198,7 +201,7 @@ class WithinBudget:
         director = self.director
         if director is None:
             return
-        self._inside, self._now = [], None
+        self._inside, self._now, self.is_quiet = [], None, False
         is_done = not self.engine.backend.is_busy()
         is_as_planned = self._recording is not None or not director.deviations
         if is_as_planned:
@@ -214,7 +217,7 @@ class WithinBudget:
             self._warn_if_exceeded(steps)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
-        elif not is_as_planned:
+        elif not is_as_planned and not self._refused_at:
             logger.info("%d steps were not as planned: learning anew", director.deviations)
             self.known.forget(self._key)
         for part in self._moves.parts:
@@ -249,6 +252,7 @@ class WithinBudget:
     def send_all_home(self) -> None:
         """Everything goes home, whoever may need it."""
         self._inside, self._now, self._recording = [], None, None
+        self.is_quiet = False
         failed = self._moves.send_all_home()
         self._expect_changes()
         if failed is not None:
@@ -270,12 +274,13 @@ class WithinBudget:
 
     def raised(self, part: Part) -> None:
         """A forward of the component has raised: it does not run any more."""
+        self.is_quiet = False
         if part.key in self._inside:
             del self._inside[self._inside.index(part.key) :]
 
     def send_home(self, part: Part) -> None:
         """A part goes home, whoever may need it."""
-        self._now = None
+        self._now, self.is_quiet = None, False
         if part.key in self._inside:
             self._inside.remove(part.key)
         self._moves.send_home(part)
@@ -288,7 +293,7 @@ class WithinBudget:
 
     def need(self, part: Part, *, enters: bool) -> None:
         """A part is about to run."""
-        self._is_moving = True
+        self._is_moving, self.is_quiet = True, False
         try:
             self._need(part, enters=enters)
         finally:
@@ -342,10 +347,12 @@ class WithinBudget:
         if self._recording is not None:
             self._note_casts(step.needs)
             self._recording.begin(step)
+        else:
+            self.is_quiet = self.director.is_quiet and not self._moves.waits_to_send
 
     def left(self, part: Part) -> None:
         """A component's forward has returned: its weights are for others to see."""
-        self._is_moving = True
+        self._is_moving, self.is_quiet = True, False
         try:
             self._left(part)
         finally:
@@ -461,7 +468,7 @@ class WithinBudget:
         backend.restart_peak()
 
     def _send_home_but(self, stays: Iterable[str]) -> None:
-        self._now = None
+        self._now, self.is_quiet = None, False
         self._moves.send_home_but(stays)
 
     def _send_alone(self, part: Part, needs: tuple[str, ...]) -> None:
@@ -489,7 +496,14 @@ class WithinBudget:
         logger.info("%s takes %d bytes besides weights", part.key, beside)
         if self._unsqueezed is not None:
             room = max(0, min(self._usable_now, self._refused_at) - beside)
-            director.follow(self._unsqueezed.squeezed(room), at=director.position)
+            at = director.position
+            plan = self._unsqueezed.squeezed(room)
+            if self._recording is None and at >= 0 and self._key is not None:
+                # Within what there seems to be, and as if it were so in this phase alone.
+                again = self.known.plan(self._key, self._before, self.budget, self._kept)
+                if again is not None and len(again.steps) == len(plan.steps):
+                    plan = again.squeezed(room, at=at)
+            director.follow(plan, at=at)
             self._unsqueezed = None
 
     def refusal(
@@ -513,10 +527,14 @@ class WithinBudget:
             self.engine.log.took(beside)
 
     def _expected_beside(self) -> int | None:
-        """What the step that runs took besides weights when it was measured."""
-        if self.director is None or not 0 <= self.director.position < len(self.director.plan.steps):
+        """What the step that runs, or a quiet stay, took besides weights when it was measured."""
+        director = self.director
+        if director is None or not 0 <= director.position < len(director.plan.steps):
             return None
-        return self.director.plan.steps[self.director.position].beside_nbytes
+        steps = director.plan.steps
+        if not director.is_quiet:
+            return steps[director.position].beside_nbytes
+        return max((steps[i].beside_nbytes or 0 for i in director.stay), default=0)
 
     def _replan(self, part: Part, recording: Recording) -> None:
         """After the first stay in a component: expect what was expected, and what was measured."""

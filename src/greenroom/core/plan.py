@@ -57,9 +57,13 @@ class Plan:
             return self.budget // 2 if self.unforeseen_room is None else self.unforeseen_room
         return self.rooms[self._of_step[position]]
 
-    def squeezed(self, room: int) -> Plan:
-        """The same with at most so many bytes for weights in every phase."""
-        rooms = tuple(min(room, before) for before in self.rooms)
+    def squeezed(self, room: int, *, at: int | None = None) -> Plan:
+        """The same with at most so many bytes for weights; in every phase, or in a position's."""
+        where = None if at is None else self.phase_at(at) % len(self.phases)
+        rooms = tuple(
+            min(room, before) if where in (None, i) else before
+            for i, before in enumerate(self.rooms)
+        )
         return replace(self, rooms=rooms, unforeseen_room=min(room, self.room(None)))
 
     def phase_at(self, position: int) -> int:
