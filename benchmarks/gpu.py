@@ -34,6 +34,8 @@ DEVICE = "cuda:0"
 CALLS = {GREENROOM: 4}
 CALLS_OF_OTHERS = 3
 
+READY = "ready"  # says a process that has imported everything
+
 Job = dict[str, Any]
 
 
@@ -55,6 +57,7 @@ def answer() -> None:
     warnings.simplefilter("ignore")
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
+    print(READY, flush=True)
     job = json.loads(sys.stdin.readline() or "null")
     if job is None:
         return
@@ -112,6 +115,7 @@ def measure(
     from greenroom.core.simulate import Costs
     from greenroom.traces import keeping_none
 
+    peaks = Peaks()
     asked = SHAPES[shape]
     torch.manual_seed(0)  # for the small weights, which `zoo.full` draws
     pipe = zoo.full(asked.pipeline)
@@ -124,22 +128,18 @@ def measure(
     ways_on(DEVICE, budget)[way](pipe)
     torch.cuda.synchronize()
     enable_s = time.perf_counter() - begun
-    measured, pictures = [], set()
+    sys.stdin.readline()  # nobody imports anything beside what is measured
+    measured, pictures = [], []
     for _ in range(calls):
-        torch.cuda.reset_peak_memory_stats()
+        peaks.restart()
         with keeping_none():  # the first call is one each time
             begun = time.perf_counter()
             made = pipe(**zoo.full_call_kwargs(asked.pipeline, **asked.arguments))
             torch.cuda.synchronize()
             seconds = time.perf_counter() - begun
         picture = (made.images if hasattr(made, "images") else made.frames).contiguous().cpu()
-        pictures.add(hashlib.sha256(picture.view(torch.uint8).numpy().tobytes()).hexdigest())
-        call: Job = {
-            "seconds": seconds,
-            "peak_bytes": torch.cuda.max_memory_allocated(),
-            "held_bytes": torch.cuda.max_memory_reserved(),
-            "ooms": torch.cuda.memory_stats()["num_ooms"],
-        }
+        pictures.append(hashlib.sha256(picture.view(torch.uint8).numpy().tobytes()).hexdigest())
+        call: Job = {"seconds": seconds, **peaks.read()}
         if way == GREENROOM:
             report = greenroom.report(pipe)
             call["up_bytes"] = report.total.h2d_nbytes
@@ -149,7 +149,7 @@ def measure(
     found: Job = {
         "enable_s": enable_s,
         "calls": measured,
-        "pictures": sorted(pictures),
+        "pictures": [picture[:16] for picture in pictures],
         "is_finite": bool(picture.isfinite().all()),
         "varies": float(picture.float().std()),
     }
@@ -158,6 +158,38 @@ def measure(
         later = kernels_s[-1] if kernels_s else None
         found["bounds"] = bounds(*last_call(DEVICE, budget), budget, costs, later)
     return found
+
+
+class Peaks:
+    """The most device memory since a restart, whoever restarts torch's own statistics meanwhile.
+
+    greenroom does so in the first call with new arguments, to learn what each step works on.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        self._cuda: Any = torch.cuda
+        self._reset = torch.cuda.reset_peak_memory_stats
+        self._cuda.reset_peak_memory_stats = self._note_and_reset
+        self.restart()
+
+    def restart(self) -> None:
+        self._cuda.init()
+        self._reset()
+        self._most = [0, 0]
+        self._ooms = self._cuda.memory_stats()["num_ooms"]
+
+    def read(self) -> Job:
+        """In use, held by the allocator, and how often it had to refuse."""
+        self._note_and_reset()
+        ooms = self._cuda.memory_stats()["num_ooms"] - self._ooms
+        return {"peak_bytes": self._most[0], "held_bytes": self._most[1], "ooms": ooms}
+
+    def _note_and_reset(self, device: Any = None) -> None:
+        now = self._cuda.max_memory_allocated(), self._cuda.max_memory_reserved()
+        self._most = [max(pair) for pair in zip(self._most, now, strict=True)]
+        self._reset()
 
 
 def fill(pipe: Any) -> None:
@@ -196,11 +228,17 @@ class Processes:
 
     def __init__(self) -> None:
         self._next = self._begin()
+        assert self._next.stdout is not None
+        self._next.stdout.readline()
 
     def run(self, job: Job) -> Job | None:
         """What `answer` prints for a job; None if it does not fit."""
         child, self._next = self._next, self._begin()
-        out, _ = child.communicate(json.dumps(job) + "\n")
+        assert child.stdin is not None and self._next.stdout is not None
+        child.stdin.write(json.dumps(job) + "\n")
+        child.stdin.flush()
+        self._next.stdout.readline()  # it is READY
+        out, _ = child.communicate("go\n")
         if child.returncode == DOES_NOT_FIT:
             return None
         if child.returncode:
@@ -270,9 +308,11 @@ def judge(found: Job) -> None:
     rows = [*found["ways"].values(), *found["cells"].values()]
     expected = found["ways"].get(RESIDENT, {})
     for row in rows:
-        row["is_identical"] = (
-            row.get("pictures") == expected.get("pictures") if "pictures" in row else None
-        )
+        if "calls" not in row:
+            continue
+        row["is_identical"] = set(row["pictures"]) == set(expected.get("pictures", ()))
+        later = [call["seconds"] for call in row["calls"][-2:]]
+        row["spread_s"] = max(later) - min(later)
     if "calls" not in expected:
         return
     first, *_, last = [call["seconds"] for call in expected["calls"]]
@@ -293,7 +333,7 @@ def show(shape: str, gpu: str, found: Job) -> None:
     shown.add_column("way")
     headings = ["enable", *(f"call {i + 1}" for i in range(4)), "bound 1", "bound 2+"]
     headings += [f"eff. {i + 1}" for i in range(4)]
-    for heading in [*headings, "peak GB", "held GB", "up GB", "same bits"]:
+    for heading in [*headings, "peak GB", "held GB", "up GB", "OOMs", "same bits"]:
         shown.add_column(heading, justify="right")
     rows = {
         **found["ways"],
@@ -315,6 +355,7 @@ def show(shape: str, gpu: str, found: Job) -> None:
             f"{max(call['peak_bytes'] for call in calls) / GB:.2f}",
             f"{max(call['held_bytes'] for call in calls) / GB:.2f}",
             f"{calls[-1]['up_bytes'] / GB:.1f}" if "up_bytes" in calls[-1] else "",
+            str(sum(call["ooms"] for call in calls)),
             "yes" if row["is_identical"] else "NO",
         )
     Console(width=190).print(shown)

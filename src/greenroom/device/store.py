@@ -28,7 +28,18 @@ from ..errors import WeightsError
 from .backend import Backend
 from .digest import digest_of, has_same_values
 from .labels import label
-from .layout import Home, Layout, Origin, Piece, Segment, is_same_kind, is_same_place, view_of
+from .layout import (
+    Home,
+    Layout,
+    Origin,
+    Piece,
+    Segment,
+    Views,
+    is_same_kind,
+    is_same_place,
+    is_still_at,
+    view_of,
+)
 from .opaque import Opaque, as_memory
 from .walk import Held, is_plain, version_of, walk, why_valueless
 
@@ -68,6 +79,9 @@ class WeightStore:
         self._coming: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # sent: version, copy
         self._mark: Any = None
         self._is_watched = True  # it may be changed unseen where it is: what arrives is noted
+        # Nobody else's code has run since the module's tensors were looked for, which takes longer
+        # than all else; and none but those that came were found when they left.
+        self._is_sure = self._is_sure_to_leave = False
         self.is_here = False  # the module uses the device's copy
         # Begun by `check`: the segments it looks at, and which of them differ (on the device); the
         # point at which the device has done with all of them if it looks at none.
@@ -170,7 +184,7 @@ class WeightStore:
             as `onload`.
         """
         with label("onload", self.name), as_memory():
-            tensors = self.lay_out()
+            tensors = self._tensors(is_watched)
             while settles and (segment := self.next_to_settle) is not None:
                 self.settle(segment)
             transfer = self.backend.transfer
@@ -188,7 +202,8 @@ class WeightStore:
                 self._mark = transfer.mark()
                 self.journey = (transfer.began, transfer.now())
                 homes = self._layout.homes
-                self._coming = [(t, version_of(t), self._on_device(homes[id(t)])) for t in tensors]
+                there = Views()
+                self._coming = [(t, version_of(t), there.of(homes[id(t)])) for t in tensors]
                 self._away = [
                     Opaque(held, self.backend.device)
                     for held in self._opaque
@@ -199,9 +214,24 @@ class WeightStore:
                 self._let_go()
                 raise
 
+    def _tensors(self, is_watched: bool) -> list[torch.Tensor]:
+        """What `lay_out` returns, which is only asked if something else may have come."""
+        homes = self._layout.homes.values()
+        if (
+            self._is_sure
+            and not is_watched
+            and not self._opaque
+            and all(is_still_at(home.tensor, home.master) for home in homes)
+        ):
+            return [home.tensor for home in homes]
+        tensors = self.lay_out()
+        self._is_sure = not is_watched
+        return tensors
+
     def arrive(self) -> None:
         """Let the module use what was sent; the current stream waits for it, not the host."""
-        if any(not is_same_place(t, self._layout.homes[id(t)].master) for t, _, _ in self._coming):
+        is_same = is_still_at if self._is_sure else is_same_place
+        if any(not is_same(t, self._layout.homes[id(t)].master) for t, _, _ in self._coming):
             self.offload()  # it was cast, or replaced, meanwhile: what was sent is of no use
             self.send()
         with as_memory():
@@ -213,10 +243,9 @@ class WeightStore:
                 if version_of(tensor) != version:  # it was changed at home meanwhile
                     sent.copy_(tensor.data)
                     changed[id(home.segment)] = home.segment
-                master = tensor.data
                 tensor.data = sent
                 self._residents.append(
-                    Resident(tensor, master, tensor.data, version_of(tensor), home.segment)
+                    Resident(tensor, home.master, sent, version_of(tensor), home.segment)
                 )
                 self.backend.resident[id(tensor)] = self
             self._coming = []
@@ -290,7 +319,8 @@ class WeightStore:
         self._check = None
 
     def forget_masters(self) -> None:
-        """From now on masters may be changed by anybody."""
+        """From now on masters may be changed by anybody, and the module itself."""
+        self._is_sure = self._is_sure_to_leave = False
         for segment in self.segments:
             segment.digest_is_of = None
             if segment.device is None:
@@ -337,10 +367,19 @@ class WeightStore:
         with label("offload", self.name), as_memory():
             if not self.is_here:  # nobody has used what is on its way
                 self._coming, self._away = [], []
-            residents = {id(resident.tensor): resident for resident in self._residents}
             for segment in self._changed_segments():
                 copied += segment.nbytes
                 self._bring_home(segment)
+            if self._is_sure_to_leave and all(
+                is_still_at(r.tensor, r.moved) for r in self._residents
+            ):
+                for left in self._residents:
+                    left.tensor.data = left.master
+                    self.backend.resident.pop(id(left.tensor), None)
+                self._residents.clear()
+                self._let_go()
+                return copied
+            residents = {id(resident.tensor): resident for resident in self._residents}
             seen: set[int] = set()
             for held in self._held():
                 tensor = held.tensor
@@ -352,6 +391,14 @@ class WeightStore:
                     tensor.data = resident.master
                 elif is_plain(tensor) and tensor.device.type != "cpu" and self._may_take(tensor):
                     copied += self._adopt(tensor, resident)
+            self._is_sure_to_leave = (
+                self._is_sure
+                and bool(residents)
+                and seen == residents.keys()
+                and copied == 0
+                and self._earlier is None
+                and not self._away
+            )
             for resident in self._residents:
                 # Tensors that the module no longer holds, but somebody else may: they are ours to
                 # bring home.
