@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 #: Kernels take memory for themselves (a convolution that needs another layout, say, copies what it
-#: reads), which nothing tells beforehand: as much again as what they return is left for them.
+#: reads), which nothing tells beforehand: as much again as what they return is left for them. Those
+#: that work element by element read what they are given as it lies.
 _FOR_ITSELF = 2
 
 
@@ -61,8 +62,9 @@ class ActivationWatch(TorchDispatchMode):
             takes = self._known.get(alike)
             if takes is None:
                 takes = self._known[alike] = returned_nbytes(func, args, kwargs, self._device)
-            if _FOR_ITSELF * takes > self._left:
-                self._left = self._ask(_FOR_ITSELF * takes)
+            needs = takes if torch.Tag.pointwise in func.tags else _FOR_ITSELF * takes
+            if needs > self._left:
+                self._left = self._ask(needs)
             self._left -= takes
         return func(*args, **kwargs)
 

@@ -68,6 +68,7 @@ class Recording:
         return max((entry.beside_nbytes for entry in stay), default=0)
 
     def steps(self) -> list[Step]:
-        """What was measured. Waits until the device has done it all."""
-        self._backend.synchronize()
+        """What was measured. Waits until the device has done it all, but for no copies."""
+        if self._entries:
+            self._entries[-1].ended.synchronize()
         return [entry.measured() for entry in self._entries]

@@ -68,10 +68,19 @@ def test_it_asks_only_when_what_there_is_may_be_used_up() -> None:
         return 100 * 4096
 
     with torch.no_grad(), ActivationWatch(SIM, ask):
-        x = nothing(1024)
+        x = nothing(32, 32)
         for _ in range(250):
-            x = x + 1.0
+            x = x @ x
     assert asked == [2 * 4096] * 3  # what it returns, and as much again for itself
+
+
+def test_what_works_element_by_element_takes_nothing_for_itself() -> None:
+    asked: list[int] = []
+    with torch.no_grad():
+        x = nothing(1024)
+        with ActivationWatch(SIM, lambda nbytes: asked.append(nbytes) or 0):
+            torch.nn.functional.silu(x + 1.0)
+    assert asked == [4096] * 2
 
 
 def test_compiled_modules_are_known() -> None:
