@@ -186,10 +186,15 @@ class WithinBudget:
         self._send_replaced_home()
 
     def _send_replaced_home(self) -> None:
-        """Parts that use other memory than they were given go home: it is in no account."""
+        """Parts that use other memory than they were given go home: it is in no account.
+
+        And what was cast at home, and back, takes its place there again.
+        """
         for part in list(self._moves.parts):
             if not part.store.is_as_it_came:
                 self.send_home(part)
+            if part.store.was_cast:
+                part.store.lay_out()
 
     def end_call(self) -> None:
         """The call is over; what the next one needs first may come."""
