@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .activations import ActivationWatch, is_compiled
 from .core.director import Director, Orders
-from .core.expect import rest_of_call
+from .core.expect import and_more, is_near, rest_of_call
 from .core.plan import Plan, make_plan
 from .core.trace import Step
 from .core.units import format_bytes
@@ -514,6 +514,19 @@ class WithinBudget:
         beside = recording.end(self._moves.there_nbytes + self._moves.outside_nbytes)
         if beside is not None:
             self.engine.log.took(beside)
+            self._expect_more(beside)
+
+    def _expect_more(self, beside_nbytes: int) -> None:
+        """Steps like the last one may work on more than was expected: make room for that."""
+        director, expected = self.director, self._expected_beside()
+        assert director is not None
+        room = self._usable_now - and_more(beside_nbytes)
+        if expected is None or not is_near(beside_nbytes, self._usable_now - director.room):
+            return
+        position = director.position
+        director.follow(director.plan.narrowed(position, room), at=position)
+        if self._unpressed is not None:
+            self._unpressed = self._unpressed.narrowed(position, room)
 
     def _expected_beside(self) -> int | None:
         """What the step that runs took besides weights when it was measured."""
