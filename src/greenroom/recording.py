@@ -39,13 +39,14 @@ class Recording:
         """The last step ends; so many bytes were on the device that it did not work on.
 
         Returns:
-            The most bytes it took besides; None if it has ended before.
+            The most bytes it took besides, also since it ended if it has; None: there is no step.
         """
-        if not self._entries or self._entries[-1].ended is not None:
+        if not self._entries:
             return None
         self.look(there_nbytes)
         entry = self._entries[-1]
-        entry.ended = self._backend.record_time()
+        if entry.ended is None:
+            entry.ended = self._backend.record_time()
         return entry.beside_nbytes
 
     def look(self, there_nbytes: int) -> None:
@@ -68,6 +69,7 @@ class Recording:
         return max((entry.beside_nbytes for entry in stay), default=0)
 
     def steps(self) -> list[Step]:
-        """What was measured. Waits until the device has done it all."""
-        self._backend.synchronize()
+        """What was measured. Waits until the device has done it all, but for no copies."""
+        if self._entries:
+            self._entries[-1].ended.synchronize()
         return [entry.measured() for entry in self._entries]

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .activations import ActivationWatch, is_compiled
 from .core.director import Director, Orders
-from .core.expect import rest_of_call
+from .core.expect import and_more, is_near, rest_of_call
 from .core.plan import Plan, make_plan
 from .core.trace import Step
 from .core.units import format_bytes
@@ -191,10 +191,15 @@ class WithinBudget:
         self._send_replaced_home()
 
     def _send_replaced_home(self) -> None:
-        """Parts that use other memory than they were given go home: it is in no account."""
+        """Parts that use other memory than they were given go home: it is in no account.
+
+        And what was cast at home, and back, takes its place there again.
+        """
         for part in list(self._moves.parts):
             if not part.store.is_as_it_came:
                 self.send_home(part)
+            if part.store.was_cast:
+                part.store.lay_out()
 
     def end_call(self) -> None:
         """The call is over; what the next one needs first may come."""
@@ -525,6 +530,19 @@ class WithinBudget:
         beside = recording.end(self._moves.there_nbytes + self._moves.outside_nbytes)
         if beside is not None:
             self.engine.log.took(beside)
+            self._expect_more(beside)
+
+    def _expect_more(self, beside_nbytes: int) -> None:
+        """Steps like the last one may work on more than was expected: make room for that."""
+        director, expected = self.director, self._expected_beside()
+        assert director is not None
+        room = self._usable_now - and_more(beside_nbytes)
+        if expected is None or not is_near(beside_nbytes, self._usable_now - director.room):
+            return
+        position = director.position
+        director.follow(director.plan.narrowed(position, room), at=position)
+        if self._unpressed is not None:
+            self._unpressed = self._unpressed.narrowed(position, room)
 
     def _expected_beside(self) -> int | None:
         """What the step that runs, or a quiet stay, took besides weights when it was measured."""
