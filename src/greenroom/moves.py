@@ -137,11 +137,16 @@ class Moves:
         for name in [name for name in names if self._is_known(name)]:
             self._part(name).arrive()
 
-    def step_ends(self) -> None:
-        """A step is about to be ordered: the one before it ends here on the device."""
+    def step_ends(self) -> Any:
+        """A step is about to be ordered: the one before it ends here on the device.
+
+        Returns:
+            An event there that tells its time; None if the step is not in the plan.
+        """
         director = self.director
-        if director is not None and director.position >= 0:
-            self._outbox.step_ends(director.plan.steps[director.position].seconds)
+        if director is None or director.position < 0:
+            return None
+        return self._outbox.step_ends(director.plan.steps[director.position].seconds)
 
     def follow_stream(self) -> None:
         """Whoever computes on another stream now comes after all that was done on the last one."""
@@ -180,6 +185,7 @@ class Moves:
     def send_all_home(self) -> Exception | None:
         """Everything goes home. What cannot stays, and is accounted for; the error is returned."""
         self._outbox.clear()
+        self._outbox.call_begins()  # what comes next, maybe much later, is another one
         failed: Exception | None = None
         for part in self.in_order:
             if part.store.is_away:
