@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import logging
 import threading
@@ -43,6 +44,11 @@ _SETTLE_AT_ONCE = 192 * 2**20
 
 def _nobody() -> None:
     return None
+
+
+@functools.cache
+def _alone(key: str, opens: bool) -> Step:
+    return Step(key, opens=opens)
 
 
 def _is_torch_refusal(error: BaseException) -> bool:
@@ -156,9 +162,10 @@ class Engine:
                 self._forget_dead_threads()
             # An autoencoder's side has several entrances, one after the other.
             is_again = enters and part.has_entrances and self.log.is_at(key)
-            self.log.needs(key, (key,), opens=enters and not is_again)
+            is_noted = self.log.needs(_alone(key, enters and not is_again))
             self._carry_out(Needed(key, enters, threading.get_ident()))
-            self.log.runs()
+            if is_noted:
+                self.log.runs()
 
     def left(self, key: str) -> None:
         """A forward of the component has returned; while the device works, the host prepares."""

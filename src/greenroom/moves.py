@@ -137,16 +137,19 @@ class Moves:
         for name in [name for name in names if self._is_known(name)]:
             self._part(name).arrive()
 
-    def step_ends(self) -> None:
-        """A step is about to be ordered: the one before it ends here on the device."""
+    def step_ends(self) -> Any:
+        """A step is about to be ordered: the one before it ends here on the device.
+
+        Returns:
+            An event there that tells its time; None if the step is not in the plan.
+        """
         director = self.director
         if director is None or director.position < 0:
-            return
+            return None
         steps = director.plan.steps
         if not director.is_quiet:
-            self._outbox.step_ends(steps[director.position].seconds)
-        else:
-            self._outbox.step_ends(sum(steps[i].seconds or 0.0 for i in director.stay))
+            return self._outbox.step_ends(steps[director.position].seconds)
+        return self._outbox.step_ends(sum(steps[i].seconds or 0.0 for i in director.stay))
 
     @property
     def waits_to_send(self) -> bool:
@@ -190,6 +193,7 @@ class Moves:
     def send_all_home(self) -> Exception | None:
         """Everything goes home. What cannot stays, and is accounted for; the error is returned."""
         self._outbox.clear()
+        self._outbox.call_begins()  # what comes next, maybe much later, is another one
         failed: Exception | None = None
         for part in self.in_order:
             if part.store.is_away:

@@ -86,11 +86,15 @@ class Outbox:
         """What was ordered of the device before does not count."""
         self._running.clear()
 
-    def step_ends(self, seconds: float | None) -> None:
-        """A step that takes so long has been ordered: it ends here on the device."""
-        self._running.append(
-            (self._backend.record_event(), _USUAL_STEP_S if seconds is None else seconds)
-        )
+    def step_ends(self, seconds: float | None) -> Any:
+        """A step that takes so long has been ordered: it ends here on the device.
+
+        Returns:
+            An event there that tells its time.
+        """
+        ended = self._backend.record_time()
+        self._running.append((ended, _USUAL_STEP_S if seconds is None else seconds))
+        return ended
 
     def _backlog_s(self) -> float:
         """How long the device will work on the steps that have been ordered, this one included."""

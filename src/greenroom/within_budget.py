@@ -330,14 +330,12 @@ class WithinBudget:
         if self._inside == [part.key]:  # what the one before it worked on is gone
             self._relax()
         orders = self.director.begin(step)
-        self._moves.step_ends()
-        self.engine.log.needs(
-            part.key,
-            step.needs,
-            opens=enters,
-            moves=bool(orders.offload or orders.onload),
-            every=self._recording is not None,
-            beside_nbytes=self._expected_beside(),
+        is_noted = self.engine.log.needs(
+            step,
+            bool(orders.offload or orders.onload),
+            self._recording is not None,
+            self._expected_beside(),
+            self._moves.step_ends(),
         )
         try:
             self._moves.carry_out(orders, step.needs, self.director.room, self.budget)
@@ -347,7 +345,8 @@ class WithinBudget:
             is_refused = False
         if is_refused:
             self._send_alone(part, step.needs)
-        self.engine.log.runs()
+        if is_noted:
+            self.engine.log.runs()
         self._now = step
         if self._recording is not None:
             self._note_casts(step.needs)

@@ -118,7 +118,7 @@ class Backend:
 
     def record_time(self) -> Any:
         """An event on the current stream that knows its time."""
-        event = self._module.Event(enable_timing=True)
+        event = self.transfer.new_time()
         event.record(self._module.current_stream(self.device))
         return event
 
