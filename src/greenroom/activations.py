@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 #: Kernels take memory for themselves, which nothing tells beforehand: as much again as what they
 #: return is left for them. Those that work element by element read what they are given as it lies.
-#: cuDNN's fastest kernels for a convolution also copy what they read into another layout; where they
-#: find no room for that, another one does it without a word, and gives other bits.
+#: cuDNN's fastest kernels for a convolution also copy what they read into another layout; where
+#: there is no room for that, another one does it without a word, and gives other bits.
 _COPY_WHAT_THEY_READ = frozenset({torch.ops.aten.convolution, torch.ops.aten.cudnn_convolution})
 
 
