@@ -21,7 +21,7 @@ from .activations import ActivationWatch, is_compiled
 from .core.director import Director, Orders
 from .core.expect import rest_of_call
 from .core.plan import Plan, make_plan
-from .core.trace import Step
+from .core.trace import Step, step_of
 from .core.units import format_bytes
 from .errors import DeviceOutOfMemory
 from .grant import (
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .traces import KeptTrace
 
 logger = logging.getLogger("greenroom")
+
+_NOBODY_FORESEES = contextlib.nullcontext()
 
 
 def locking_bar() -> tqdm[Any]:
@@ -151,7 +153,10 @@ class WithinBudget:
         self._prior = list(prior)
         self._take_in_what_others_did()
         for part in self._moves.parts:  # until the call is over, if nobody else's code runs in it
-            part.watch() if is_watched else part.trust()
+            if is_watched:
+                part.watch()
+            else:
+                part.trust()
         self._moves.outside_nbytes = self.engine.backend.allocated_bytes() - self._moves.ours_nbytes
         self._before = self._moves.sizes
         self._kept = kept
@@ -241,6 +246,7 @@ class WithinBudget:
     def _expect_changes(self) -> None:
         """Whoever runs now may change weights, wherever they are: note what is on the device."""
         self._moves.masters = self._kept = None
+        self._is_watched = True
         for part in self._moves.parts:
             part.watch()
 
@@ -293,8 +299,8 @@ class WithinBudget:
             self._is_moving = False
 
     def _need(self, part: Part, *, enters: bool) -> None:
-        self._moves.follow_stream()
-        now = self._now
+        moves, log, now = self._moves, self.engine.log, self._now
+        moves.follow_stream()
         if not enters and (
             part.key in self._inside
             or (now is not None and now.part == part.key and now.held == self._held(part))
@@ -306,27 +312,28 @@ class WithinBudget:
             self._inside.append(part.key)
         if part.has_entrances and now is not None and now.part == part.key:
             return  # through another of its doors, one after the other
-        step = Step(part.key, self._held(part), opens=enters)
+        step = step_of(part.key, self._held(part), enters)
         if self._recording is not None:
             self._finish_record(self._recording)
-        if self.director is None:  # no pipeline's call, which would have an end: nothing is learned
+        if moves.director is None:  # no pipeline's call, which would end: nothing is learned
             self.begin_call(None, [], is_watched=True)
-            self._recording = self._moves.masters = None
+            self._recording = moves.masters = None
             if enters:
                 self._inside.append(part.key)
-        assert self.director is not None
-        if self._inside == [part.key]:  # what the one before it worked on is gone
-            self._relax()
-        orders = self.director.begin(step)
-        is_noted = self.engine.log.needs(
+        director = moves.director
+        assert director is not None
+        if self._unpressed is not None and self._inside == [part.key]:
+            self._relax()  # what the one before it worked on is gone
+        orders = director.begin(step)
+        is_noted = log.needs(
             step,
             bool(orders.offload or orders.onload),
             self._recording is not None,
             self._expected_beside(),
-            self._moves.step_ends(),
+            moves.step_ends(),
         )
         try:
-            self._moves.carry_out(orders, step.needs, self.director.room, self.budget)
+            moves.carry_out(orders, step.needs, director.room, self.budget)
         except torch.OutOfMemoryError:
             is_refused = True
         else:
@@ -334,7 +341,7 @@ class WithinBudget:
         if is_refused:
             self._send_alone(part, step.needs)
         if is_noted:
-            self.engine.log.runs()
+            log.runs()
         self._now = step
         if self._recording is not None:
             self._note_casts(step.needs)
@@ -354,11 +361,12 @@ class WithinBudget:
         if part.has_entrances:
             return
         self._now = None
-        # What is on its way and will be cast is to be cast there, not at home.
-        self._moves.show(filter(self._moves.is_sent, self._to_be_cast))
-        if self._is_watched and self.director is not None:
+        if self._to_be_cast:
+            # What is on its way and will be cast is to be cast there, not at home.
+            self._moves.show(filter(self._moves.is_sent, self._to_be_cast))
+        if self._is_watched:
             self._moves.send_all()
-            self._moves.show(self.director.resident)
+            self._moves.show_what_comes()
         if self._recording is not None and not self._inside:
             self._replan(part, self._recording)
 
@@ -377,7 +385,7 @@ class WithinBudget:
             or self._foresees
             or len(recording.opened(part.key)) != 1
         ):
-            return contextlib.nullcontext()
+            return _NOBODY_FORESEES
         return self._foreseeing()
 
     @contextlib.contextmanager
@@ -511,9 +519,10 @@ class WithinBudget:
 
     def _expected_beside(self) -> int | None:
         """What the step that runs took besides weights when it was measured."""
-        if self.director is None or not 0 <= self.director.position < len(self.director.plan.steps):
+        director = self.director
+        if director is None or not 0 <= director.position < len(director.plan.steps):
             return None
-        return self.director.plan.steps[self.director.position].beside_nbytes
+        return director.plan.steps[director.position].beside_nbytes
 
     def _replan(self, part: Part, recording: Recording) -> None:
         """After the first stay in a component: expect what was expected, and what was measured."""
