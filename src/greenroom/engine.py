@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import itertools
 import logging
 import threading
@@ -22,7 +21,7 @@ import torch
 
 from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed, Onload
 from .core.pinning import LOCKED_IN_PLACE, PinningAllowance
-from .core.trace import Step
+from .core.trace import Step, step_of
 from .core.units import format_bytes
 from .device.backend import Backend
 from .errors import DeviceOutOfMemory, UsageError
@@ -44,11 +43,6 @@ _SETTLE_AT_ONCE = 192 * 2**20
 
 def _nobody() -> None:
     return None
-
-
-@functools.cache
-def _alone(key: str, opens: bool) -> Step:
-    return Step(key, opens=opens)
 
 
 def _is_torch_refusal(error: BaseException) -> bool:
@@ -162,7 +156,7 @@ class Engine:
                 self._forget_dead_threads()
             # An autoencoder's side has several entrances, one after the other.
             is_again = enters and part.has_entrances and self.log.is_at(key)
-            is_noted = self.log.needs(_alone(key, enters and not is_again))
+            is_noted = self.log.needs(step_of(key, (), enters and not is_again))
             self._carry_out(Needed(key, enters, threading.get_ident()))
             if is_noted:
                 self.log.runs()
