@@ -17,7 +17,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -42,6 +42,8 @@ GOAL = 0.01  # of a run
 BUDGETS = {"one component at a time": None, "all stays": "64MiB", "streams": "14MiB"}
 #: Published pipelines, within bytes in which much of them streams.
 PUBLISHED = {"sdxl": 4 * 10**9, "flux": 12 * 10**9}
+#: By then a call is learned, planned, and page-locked, and the log has as many as it keeps.
+CALLS_BEFORE = 4
 #: What the engine calls, and what it is given where there is no log.
 METHODS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(
@@ -92,7 +94,7 @@ def call(pipe: Any, steps: int) -> tuple[float, float]:
 def measure(budget: str | None, rounds: int, steps: int) -> dict[str, Any]:
     """The same pipeline with and without its log, in pairs; then reports of its last call."""
     pipe = offloaded(budget)
-    for _ in range(4):  # learned, planned, and page-locked by then
+    for _ in range(CALLS_BEFORE):
         call(pipe, steps)
     with_log, without, added = [], [], []
     virtual: set[float] = set()
@@ -113,8 +115,9 @@ def measure(budget: str | None, rounds: int, steps: int) -> dict[str, Any]:
     finally:
         gc.enable()
     in_logs, shares = [], []
+    timing_ns = timing(lambda: call(pipe, steps))
     for _ in range(max(5, rounds // 4)):
-        with timed_log() as in_log:
+        with timed_log(timing_ns) as in_log:
             spent, _ = call(pipe, steps)
         in_logs.append(in_log() * 1e3)
         shares.append(in_logs[-1] / spent)
@@ -143,11 +146,12 @@ def measure_published(name: str, budget: int, calls: int) -> dict[str, Any]:
     greenroom.enable_model_cpu_offload(pipe, device="sim", budget=budget)
     shares, spent, seconds, whole = [], [], [], []
     arguments = zoo.full_call_kwargs(name)
-    pipe(**arguments)
-    pipe(**arguments)  # as planned
+    for _ in range(CALLS_BEFORE):
+        pipe(**arguments)
+    timing_ns = timing(lambda: pipe(**arguments))
     for _ in range(calls):
         start = time.thread_time_ns()
-        with timed_log() as in_log, sim.measure() as cost:
+        with timed_log(timing_ns) as in_log, sim.measure() as cost:
             pipe(**arguments)
         whole.append((time.thread_time_ns() - start) / 1e9)
         spent.append(in_log() * 1e3)
@@ -167,14 +171,33 @@ def measure_published(name: str, budget: int, calls: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def timed_log() -> Iterator[Callable[[], float]]:
-    """Seconds spent in the log's methods, less what it takes to time one that does nothing."""
-    spent = calls = 0
+def timed_log(timing_ns: Mapping[str, float]) -> Iterator[Callable[[], float]]:
+    """Seconds spent in the log's methods, less what it takes to time them, as `timing` tells."""
+    with _timed({name: getattr(Log, name) for name in METHODS}) as spent:
+        yield (
+            lambda: (
+                sum(sum(found) - len(found) * timing_ns.get(n, 0) for n, found in spent.items())
+                / 1e9
+            )
+        )
+
+
+def timing(work: Callable[[], object]) -> dict[str, float]:
+    """Nanoseconds that it takes to time each method, in the same place, where it does nothing."""
+    with without_log(), _timed(METHODS) as spent:
+        work()
+    return {name: statistics.median(found) for name, found in spent.items()}
+
+
+@contextlib.contextmanager
+def _timed(methods: Mapping[str, Callable[..., Any]]) -> Iterator[dict[str, list[int]]]:
+    """Nanoseconds of each call of the log's methods, which are these meanwhile."""
+    spent: dict[str, list[int]] = {}
     is_inside = False
 
-    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal spent, calls, is_inside
+            nonlocal is_inside
             if is_inside:  # some call others
                 return method(*args, **kwargs)
             is_inside = True
@@ -182,20 +205,15 @@ def timed_log() -> Iterator[Callable[[], float]]:
             try:
                 return method(*args, **kwargs)
             finally:
-                spent += time.thread_time_ns() - start
-                calls += 1
+                spent.setdefault(name, []).append(time.thread_time_ns() - start)
                 is_inside = False
 
         return call
 
-    nothing = timed(lambda *_: None)
-    for _ in range(1000):
-        nothing(None, 1)
-    each, spent, calls = spent / calls, 0, 0
     with contextlib.ExitStack() as stack:
-        for name in METHODS:
-            stack.enter_context(mock.patch.object(Log, name, timed(getattr(Log, name))))
-        yield lambda: (spent - calls * each) / 1e9
+        for name, method in methods.items():
+            stack.enter_context(mock.patch.object(Log, name, timed(name, method)))
+        yield spent
 
 
 def _milliseconds(work: Callable[[], object]) -> float:

@@ -19,10 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 #: Kernels take memory for themselves, which nothing tells beforehand: as much again as what they
-#: return is left for them. A convolution whose fastest kernel needs another layout also copies what
-#: it reads. If it finds no room for that, it is done by another kernel without a word, and that one
-#: gives other bits.
-_FOR_ITSELF = 2
+#: return is left for them. Those that work element by element read what they are given as it lies.
+#: cuDNN's fastest kernels for a convolution also copy what they read into another layout; where
+#: there is no room for that, another one does it without a word, and gives other bits.
 _COPY_WHAT_THEY_READ = frozenset({torch.ops.aten.convolution, torch.ops.aten.cudnn_convolution})
 
 
@@ -64,12 +63,20 @@ class ActivationWatch(TorchDispatchMode):
             known = self._known.get(alike)
             if known is None:
                 returns = returned_nbytes(func, args, kwargs, self._device)
-                known = self._known[alike] = returns, _worked_on_nbytes(func, args, returns)
+                known = self._known[alike] = returns, self._works_on_nbytes(func, args, returns)
             returns, works_on = known
             if returns + works_on > self._left:
                 self._left = self._ask(returns + works_on)
             self._left -= returns
         return func(*args, **kwargs)
+
+    def _works_on_nbytes(self, func: Any, args: tuple[Any, ...], returns: int) -> int:
+        """Bytes that an operation's kernel may take for itself."""
+        if torch.Tag.pointwise in func.tags:
+            return 0
+        if func.overloadpacket not in _COPY_WHAT_THEY_READ or self._device.type != "cuda":
+            return returns
+        return returns + sum(t.nbytes for t in _tensors_in(args))
 
 
 @functools.cache
@@ -130,12 +137,6 @@ def returned_nbytes(
     except Exception:  # whatever it was, the operation itself will tell
         return sum(t.nbytes for t in given)
     return sum(t.nbytes for t in _tensors_in(returned))
-
-
-def _worked_on_nbytes(func: Any, args: tuple[Any, ...], returns: int) -> int:
-    """Bytes that an operator's kernel may take for itself."""
-    reads = _tensors_in(args) if func.overloadpacket in _COPY_WHAT_THEY_READ else ()
-    return (_FOR_ITSELF - 1) * returns + sum(t.nbytes for t in reads)
 
 
 def _is_there(target: torch.device, device: torch.device) -> bool:

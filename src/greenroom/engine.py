@@ -21,7 +21,7 @@ import torch
 
 from .core.machine import CallEnded, Done, Event, Failed, Left, Machine, Needed, Onload
 from .core.pinning import LOCKED_IN_PLACE, PinningAllowance
-from .core.trace import Step
+from .core.trace import Step, step_of
 from .core.units import format_bytes
 from .device.backend import Backend
 from .errors import DeviceOutOfMemory, UsageError
@@ -156,9 +156,10 @@ class Engine:
                 self._forget_dead_threads()
             # An autoencoder's side has several entrances, one after the other.
             is_again = enters and part.has_entrances and self.log.is_at(key)
-            self.log.needs(key, (key,), opens=enters and not is_again)
+            is_noted = self.log.needs(step_of(key, (), enters and not is_again))
             self._carry_out(Needed(key, enters, threading.get_ident()))
-            self.log.runs()
+            if is_noted:
+                self.log.runs()
 
     def left(self, key: str) -> None:
         """A forward of the component has returned; while the device works, the host prepares."""

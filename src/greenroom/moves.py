@@ -97,7 +97,7 @@ class Moves:
             for name in needs:
                 if name in self._outbox:
                     self._outbox.send(name, self.masters)
-                self._part(name).arrive()
+                self._arrive(name)
             self._outbox.send_ahead(self.masters, self._costs)
             self._reserve.note(self.there_nbytes)
         except BaseException:
@@ -117,8 +117,8 @@ class Moves:
 
     def send_all(self) -> None:
         """Send all that was ordered."""
-        self._outbox.send_all(self.masters)
-        self._reserve.note(self.there_nbytes)
+        if self._outbox.send_all(self.masters):
+            self._reserve.note(self.there_nbytes)
 
     def send_now(self, names: Iterable[str]) -> None:
         """Have these in use, whoever ordered what."""
@@ -126,7 +126,7 @@ class Moves:
             part = self._part(name)
             if not part.store.is_away:
                 part.send(self.masters)
-            part.arrive()
+            self._arrive(name)
 
     def show(self, names: Iterable[str]) -> None:
         """Let modules use what is on its way.
@@ -135,18 +135,31 @@ class Moves:
         version counts.
         """
         for name in [name for name in names if self._is_known(name)]:
-            self._part(name).arrive()
+            self._arrive(name)
 
-    def step_ends(self) -> None:
-        """A step is about to be ordered: the one before it ends here on the device."""
+    def show_what_comes(self) -> None:
+        """The same with all that is on its way."""
+        if self._outbox.coming:
+            self.show(self._outbox.coming)
+
+    def _arrive(self, name: str) -> None:
+        self._part(name).arrive()
+        self._outbox.coming.discard(name)
+
+    def step_ends(self) -> Any:
+        """A step is about to be ordered: the one before it ends here on the device.
+
+        Returns:
+            An event there that tells its time; None if the step is not in the plan.
+        """
         director = self.director
         if director is None or director.position < 0:
-            return
+            return None
         steps = director.plan.steps
-        if not director.is_quiet:
-            self._outbox.step_ends(steps[director.position].seconds)
-        else:
-            self._outbox.step_ends(sum(steps[i].seconds or 0.0 for i in director.stay))
+        seconds = steps[director.position].seconds
+        if director.is_quiet:
+            seconds = sum(steps[i].seconds or 0.0 for i in director.stay)
+        return self._outbox.step_ends(self._stream, seconds)
 
     @property
     def waits_to_send(self) -> bool:
@@ -190,11 +203,12 @@ class Moves:
     def send_all_home(self) -> Exception | None:
         """Everything goes home. What cannot stays, and is accounted for; the error is returned."""
         self._outbox.clear()
+        self._outbox.call_begins()  # what comes next, maybe much later, is another one
         failed: Exception | None = None
         for part in self.in_order:
             if part.store.is_away:
                 try:
-                    self.came_home_nbytes += part.go_home()
+                    self.go_home(part.key)
                 except Exception as error:
                     failed = error
         self.recount()

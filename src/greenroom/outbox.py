@@ -28,9 +28,13 @@ class Outbox:
         #: Steps: begun at this event, seconds.
         self._running: deque[tuple[Any, float]] = deque(maxlen=_MOST_RUNNING)
         self._flying: deque[tuple[Any, int]] = deque()  # copies: over at this event, bytes
+        #: Sent, and their modules do not use it yet.
+        self.coming: set[str] = set()
 
     def nbytes(self, sizes: Mapping[str, int]) -> int:
         """Bytes that are still to be sent, of parts of these sizes."""
+        if not self._unsent:
+            return 0
         return sum(sizes.get(name, 0) for name in self._unsent)
 
     def __bool__(self) -> bool:
@@ -44,7 +48,8 @@ class Outbox:
         self._unsent.extend(names)
 
     def withdraw(self, name: str) -> None:
-        """Do not send this one, if it was not sent yet."""
+        """Do not send this one, if it was not sent yet, and have nobody wait for it."""
+        self.coming.discard(name)
         if name in self._unsent:
             self._unsent.remove(name)
 
@@ -57,12 +62,15 @@ class Outbox:
         part = self._part(name)
         self._unsent.remove(name)
         part.send(masters)
+        self.coming.add(name)
         self._flying.append((self._backend.record_copies(), part.store.nbytes))
 
-    def send_all(self, masters: object) -> None:
-        """Send everything that was ordered."""
+    def send_all(self, masters: object) -> bool:
+        """Send everything that was ordered; whether that was anything."""
+        is_any = bool(self._unsent)
         while self._unsent:
             self.send(self._unsent[0], masters)
+        return is_any
 
     def send_ahead(self, masters: object, costs: Callable[[], Costs]) -> None:
         """Send so much of what was ordered that the link is busy as long as the device is.
@@ -86,11 +94,15 @@ class Outbox:
         """What was ordered of the device before does not count."""
         self._running.clear()
 
-    def step_ends(self, seconds: float | None) -> None:
-        """A step that takes so long has been ordered: it ends here on the device."""
-        self._running.append(
-            (self._backend.record_event(), _USUAL_STEP_S if seconds is None else seconds)
-        )
+    def step_ends(self, stream: Any, seconds: float | None) -> Any:
+        """A step that takes so long has been ordered: it ends here on the device.
+
+        Returns:
+            An event there that tells its time.
+        """
+        ended = self._backend.record_time(stream)
+        self._running.append((ended, _USUAL_STEP_S if seconds is None else seconds))
+        return ended
 
     def _backlog_s(self) -> float:
         """How long the device will work on the steps that have been ordered, this one included."""

@@ -98,32 +98,39 @@ class Before:
         self._inputs = inputs
         self._backend = backend
         self._generators: list[tuple[torch.Generator, torch.Tensor]] = []
+        self._marks: list[object] | None = []
         try:
-            self._marks: list[object] | None = list(self._look(inputs))
+            self._look(inputs, self._marks)
         except _UnknownError:
             self._marks = None
             return
         self._host = torch.get_rng_state()
         self._device = backend.random_state()
 
-    def _look(self, value: Any) -> Iterator[object]:
-        """What tells whether the inputs are what they were: versions, and what is in containers."""
+    def _look(self, value: Any, marks: list[object]) -> None:
+        """What tells whether the inputs are what they were: versions, and what is in containers.
+
+        It runs before every forward.
+        """
         if isinstance(value, torch.Tensor):
             if value.is_inference():
                 raise _UnknownError
-            yield id(value), value._version
+            marks.append((id(value), value._version))
+        elif value is None or isinstance(value, _PLAIN):
+            marks.append(value)
         elif isinstance(value, (tuple, list)):
-            yield id(value), len(value)
+            marks.append((id(value), len(value)))
             for item in value:
-                yield from self._look(item)
-        elif isinstance(value, Mapping) and type(value).__module__ in ("builtins", "collections"):
-            yield id(value), tuple(value)
+                self._look(item, marks)
+        elif isinstance(value, (dict, Mapping)) and type(value).__module__ in (
+            "builtins",
+            "collections",
+        ):
+            marks.append((id(value), tuple(value)))
             for item in value.values():
-                yield from self._look(item)
+                self._look(item, marks)
         elif isinstance(value, torch.Generator):
             self._generators.append((value, value.get_state()))
-        elif value is None or isinstance(value, _PLAIN):
-            yield value
         else:
             raise _UnknownError
 
@@ -132,7 +139,8 @@ class Before:
         if self._marks is None:
             return False
         generators, self._generators = self._generators, []
-        now = list(self._look(self._inputs))
+        now: list[object] = []
+        self._look(self._inputs, now)
         self._generators = generators
         return now == self._marks
 
@@ -148,6 +156,7 @@ class _UnknownError(Exception):
     pass
 
 
+_PLAIN_MAPPINGS = ("builtins", "collections")  # whose; others may count who looks
 _PLAIN = (bool, int, float, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 

@@ -19,9 +19,9 @@ from tqdm.auto import tqdm
 
 from .activations import ActivationWatch, is_compiled
 from .core.director import Director, Orders
-from .core.expect import rest_of_call
+from .core.expect import and_more, is_near, rest_of_call
 from .core.plan import Plan, make_plan
-from .core.trace import Step
+from .core.trace import Step, step_of
 from .core.units import format_bytes
 from .errors import DeviceOutOfMemory
 from .grant import (
@@ -34,7 +34,7 @@ from .grant import (
 )
 from .known_calls import KnownCalls
 from .moves import Moves
-from .recording import Recording
+from .recording import Recording, Timing
 from .second_try import refusal_of
 
 if TYPE_CHECKING:
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .traces import KeptTrace
 
 logger = logging.getLogger("greenroom")
+
+_NOBODY_FORESEES = contextlib.nullcontext()
 
 
 def locking_bar() -> tqdm[Any]:
@@ -76,6 +78,7 @@ class WithinBudget:
         self._now: Step | None = None
         self._is_watched = False
         self._recording: Recording | None = None  # while a call is learned
+        self._timing: Timing | None = None  # of the last call that went by a new plan
         self._foresees = False  # what a component works on, while it runs first
         self._is_moving = False  # weights
         #: Nothing comes or goes while the component that runs does: its parts need not be told of.
@@ -156,11 +159,19 @@ class WithinBudget:
         self._prior = list(prior)
         self._take_in_what_others_did()
         for part in self._moves.parts:  # until the call is over, if nobody else's code runs in it
-            part.watch() if is_watched else part.trust()
+            if is_watched:
+                part.watch()
+            else:
+                part.trust()
         self._moves.outside_nbytes = self.engine.backend.allocated_bytes() - self._moves.ours_nbytes
         self._before = self._moves.sizes
         self._kept = kept
+        if self._timing is not None:
+            self.known.learn_times(self._timing)
+        self._timing = None
         plan = self.known.plan(key, self._before, self.budget, kept)
+        if plan is not None and self.known.is_to_be_timed(key):
+            self._timing = Timing(self.engine.backend, key, plan, kept)
         self._recording = Recording(self.engine.backend) if plan is None else None
         self._cast = {}
         if plan is None:
@@ -191,10 +202,15 @@ class WithinBudget:
         self._send_replaced_home()
 
     def _send_replaced_home(self) -> None:
-        """Parts that use other memory than they were given go home: it is in no account."""
+        """Parts that use other memory than they were given go home: it is in no account.
+
+        And what was cast at home, and back, takes its place there again.
+        """
         for part in list(self._moves.parts):
             if not part.store.is_as_it_came:
                 self.send_home(part)
+            if part.store.was_cast:
+                part.store.lay_out()
 
     def end_call(self) -> None:
         """The call is over; what the next one needs first may come."""
@@ -217,6 +233,8 @@ class WithinBudget:
             self._warn_if_exceeded(steps)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
+        elif is_as_planned and self._timing is not None:
+            self._timing.end(director)
         elif not is_as_planned and not self._refused_at:
             logger.info("%d steps were not as planned: learning anew", director.deviations)
             self.known.forget(self._key)
@@ -246,6 +264,7 @@ class WithinBudget:
     def _expect_changes(self) -> None:
         """Whoever runs now may change weights, wherever they are: note what is on the device."""
         self._moves.masters = self._kept = None
+        self._is_watched = True
         for part in self._moves.parts:
             part.watch()
 
@@ -300,8 +319,8 @@ class WithinBudget:
             self._is_moving = False
 
     def _need(self, part: Part, *, enters: bool) -> None:
-        self._moves.follow_stream()
-        now = self._now
+        moves, log, now = self._moves, self.engine.log, self._now
+        moves.follow_stream()
         if not enters and (
             part.key in self._inside
             or (now is not None and now.part == part.key and now.held == self._held(part))
@@ -313,42 +332,44 @@ class WithinBudget:
             self._inside.append(part.key)
         if part.has_entrances and now is not None and now.part == part.key:
             return  # through another of its doors, one after the other
-        step = Step(part.key, self._held(part), opens=enters)
+        step = step_of(part.key, self._held(part), enters)
         if self._recording is not None:
             self._finish_record(self._recording)
-        if self.director is None:  # no pipeline's call, which would have an end: nothing is learned
+        if moves.director is None:  # no pipeline's call, which would end: nothing is learned
             self.begin_call(None, [], is_watched=True)
-            self._recording = self._moves.masters = None
+            self._recording = moves.masters = None
             if enters:
                 self._inside.append(part.key)
-        assert self.director is not None
-        if self._inside == [part.key]:  # what the one before it worked on is gone
-            self._relax()
-        orders = self.director.begin(step)
-        self._moves.step_ends()
-        self.engine.log.needs(
-            part.key,
-            step.needs,
-            opens=enters,
-            moves=bool(orders.offload or orders.onload),
-            every=self._recording is not None,
-            beside_nbytes=self._expected_beside(),
+        director = moves.director
+        assert director is not None
+        if self._unpressed is not None and self._inside == [part.key]:
+            self._relax()  # what the one before it worked on is gone
+        orders = director.begin(step)
+        is_noted = log.needs(
+            step,
+            bool(orders.offload or orders.onload),
+            self._recording is not None,
+            self._expected_beside(),
+            moves.step_ends(),
         )
         try:
-            self._moves.carry_out(orders, step.needs, self.director.room, self.budget)
+            moves.carry_out(orders, step.needs, director.room, self.budget)
         except torch.OutOfMemoryError:
             is_refused = True
         else:
             is_refused = False
         if is_refused:
             self._send_alone(part, step.needs)
-        self.engine.log.runs()
+        if is_noted:
+            log.runs()
         self._now = step
         if self._recording is not None:
             self._note_casts(step.needs)
             self._recording.begin(step)
         else:
-            self.is_quiet = self.director.is_quiet and not self._moves.waits_to_send
+            self.is_quiet = director.is_quiet and not moves.waits_to_send
+            if self._timing is not None:
+                self._timing.begin(director)
 
     def left(self, part: Part) -> None:
         """A component's forward has returned: its weights are for others to see."""
@@ -364,11 +385,12 @@ class WithinBudget:
         if part.has_entrances:
             return
         self._now = None
-        # What is on its way and will be cast is to be cast there, not at home.
-        self._moves.show(filter(self._moves.is_sent, self._to_be_cast))
-        if self._is_watched and self.director is not None:
+        if self._to_be_cast:
+            # What is on its way and will be cast is to be cast there, not at home.
+            self._moves.show(filter(self._moves.is_sent, self._to_be_cast))
+        if self._is_watched:
             self._moves.send_all()
-            self._moves.show(self.director.resident)
+            self._moves.show_what_comes()
         if self._recording is not None and not self._inside:
             self._replan(part, self._recording)
 
@@ -387,7 +409,7 @@ class WithinBudget:
             or self._foresees
             or len(recording.opened(part.key)) != 1
         ):
-            return contextlib.nullcontext()
+            return _NOBODY_FORESEES
         return self._foreseeing()
 
     @contextlib.contextmanager
@@ -525,6 +547,19 @@ class WithinBudget:
         beside = recording.end(self._moves.there_nbytes + self._moves.outside_nbytes)
         if beside is not None:
             self.engine.log.took(beside)
+            self._expect_more(beside)
+
+    def _expect_more(self, beside_nbytes: int) -> None:
+        """Steps like the last one may work on more than was expected: make room for that."""
+        director, expected = self.director, self._expected_beside()
+        assert director is not None
+        room = self._usable_now - and_more(beside_nbytes)
+        if expected is None or not is_near(beside_nbytes, self._usable_now - director.room):
+            return
+        position = director.position
+        director.follow(director.plan.narrowed(position, room), at=position)
+        if self._unpressed is not None:
+            self._unpressed = self._unpressed.narrowed(position, room)
 
     def _expected_beside(self) -> int | None:
         """What the step that runs, or a quiet stay, took besides weights when it was measured."""

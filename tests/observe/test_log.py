@@ -239,6 +239,36 @@ def test_the_last_few_calls_are_kept_and_no_more_than_so_many_events(
     assert (len(call.events), call.missed) == (3, 3)
 
 
+@pytest.mark.parametrize("budget", [None, "6MiB"])
+def test_events_of_calls_that_are_gone_are_used_again_and_of_no_others(
+    budget: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = torch.sim.Event.make, []
+
+    def counted(**options: Any) -> Any:
+        made.append(options)
+        return make(**options)
+
+    monkeypatch.setattr(torch.sim.Event, "make", staticmethod(counted))
+    sim.configure(devices=2)
+    pipe = Chain(first=wide(), second=wide())
+    greenroom.enable_model_cpu_offload(pipe, device="sim:1", budget=budget)
+    before: list[Any] = []
+    for _ in range(8):
+        made.clear()
+        pipe(inputs())
+        greenroom.offload_now(pipe)
+        pipe.first(inputs())  # in no call
+        greenroom.offload_now(pipe)
+        now = [call_of(pipe, which) for which in (-4, -3, -2, -1)]
+        assert [call.pipeline for call in now[2:]] == ["Chain", ""]
+        assert not before or now[:2] == before[2:]
+        before = now
+    timed = [event for call in log_of(pipe)._calls for event in call.times]
+    assert len(timed) == len({id(event) for event in timed}) > 40
+    assert len([options for options in made if options.get("enable_timing")]) < 4
+
+
 def test_a_call_can_be_looked_at_while_it_runs() -> None:
     seen = []
 

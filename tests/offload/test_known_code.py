@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import FluxPipeline
+from offload.own import Chain
 from torch import nn
 
 import greenroom
@@ -253,6 +255,25 @@ def test_what_is_changed_after_a_component_was_called_by_itself_is_kept() -> Non
     changed(pipe, other, "text_encoder")
     greenroom.offload_now(pipe)
     assert_same_weights(pipe.text_encoder, other.text_encoder)
+
+
+def test_what_is_changed_between_components_called_by_themselves_is_used_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("greenroom.pipeline.runs_known_code", lambda _: True)
+    names = ("first", "second", "third", "fourth", "fifth")
+    pipe = Chain(**{name: nn.Linear(1024, 1024, bias=False) for name in names})
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget="13MiB")  # three at a time
+    x = torch.ones(4, 1024)
+    with torch.no_grad():
+        for _ in range(3):
+            pipe(x)
+        for name, other in itertools.product(names, names):
+            getattr(pipe, name)(x)  # the next one may be on its way by now
+            layer = getattr(pipe, other)
+            layer.weight.data.mul_(-1)
+            expected = nn.functional.linear(x, layer.weight.cpu())
+            assert torch.allclose(layer(x).cpu(), expected, atol=1e-4)
 
 
 def test_a_result_is_not_lost_because_there_is_no_room_to_look_at_weights(

@@ -256,9 +256,13 @@ class Director:
 
     def _loosen(self, position: int | None, needs: tuple[str, ...]) -> list[str]:
         """What the plan gives up after the last step may go, if it is not needed very soon."""
+        drops = self.plan.drops.get(self.position)
+        if not drops:
+            self._fresh.clear()
+            return []
         released = [
             name
-            for name in self.plan.drops.get(self.position, ())
+            for name in drops
             if name in self.resident
             and name not in needs
             and name not in self._loose

@@ -66,6 +66,12 @@ class Plan:
         )
         return replace(self, rooms=rooms, unforeseen_room=min(room, self.room(None)))
 
+    def narrowed(self, position: int, room: int) -> Plan:
+        """The same with at most so many bytes for weights in the phase of a step."""
+        which = self._of_step[position]
+        rooms = (*self.rooms[:which], min(room, self.rooms[which]), *self.rooms[which + 1 :])
+        return replace(self, rooms=rooms)
+
     def phase_at(self, position: int) -> int:
         """The number of the phase; those of the next call follow on this one's."""
         rounds, inside = divmod(position, len(self.steps))

@@ -37,6 +37,7 @@ class Backend:
         self._seen = 0
         self._module: Any = torch.get_device_module(device)
         #: Whether events of the device tell time.
+        self._is_capturing = getattr(self._module, "is_current_stream_capturing", bool)
         self.keeps_time = hasattr(self._module, "Event") and hasattr(self._module, "current_stream")
 
     @property
@@ -102,10 +103,15 @@ class Backend:
 
     def random_state(self) -> torch.Tensor | None:
         """The state of the device's random generator; None where it has none to tell now."""
-        module = self._module
-        if getattr(module, "is_current_stream_capturing", bool)():
+        if self._is_capturing():
             return None
-        return module.get_rng_state(self.device) if hasattr(module, "get_rng_state") else None
+        module = self._module
+        try:  # to ask the module for it costs several times as much, before every forward
+            generator = getattr(module, "default_generators", ())[self.device.index]
+        except IndexError:  # it tells none, or has not made them yet
+            return module.get_rng_state(self.device) if hasattr(module, "get_rng_state") else None
+        state: torch.Tensor = generator.get_state()
+        return state
 
     def restore_random_state(self, state: torch.Tensor | None) -> None:
         """Set the device's random generator back."""
@@ -116,10 +122,10 @@ class Backend:
         """Wait until the device has nothing to do."""
         self._module.synchronize(self.device)
 
-    def record_time(self) -> Any:
-        """An event on the current stream that knows its time."""
-        event = self._module.Event(enable_timing=True)
-        event.record(self._module.current_stream(self.device))
+    def record_time(self, stream: Any = None) -> Any:
+        """An event on a stream, else the current one, that knows its time."""
+        event = self.transfer.new_time()
+        event.record(self._module.current_stream(self.device) if stream is None else stream)
         return event
 
     def record_event(self) -> Any:

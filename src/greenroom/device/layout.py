@@ -151,6 +151,15 @@ class Layout:
             for tensor in tensors
         )
 
+    def is_of(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether these tensors are the ones laid out here, of the same kind, wherever they lie."""
+        return len(tensors) == len(self.homes) and all(
+            (home := self.homes.get(id(tensor))) is not None
+            and home.tensor is tensor
+            and is_same_kind(tensor, home.master)
+            for tensor in tensors
+        )
+
     def has_in_other_dtypes(self, tensors: list[torch.Tensor]) -> bool:
         """Whether these are the tensors laid out here, some of them in another dtype."""
         pairs = [(t, self.homes.get(id(t))) for t in tensors]

@@ -128,7 +128,7 @@ class WeightStore:
                 tensor.data = tensor.data.to("cpu")  # somebody put it on another device
         movable = [tensor for tensor in movable if tensor.device.type == "cpu"]
         self._take_in_replaced(movable)
-        if not self._layout.fits(movable):
+        if not self._layout.fits(movable) and not self._takes_earlier_places(movable):
             if self._layout.has_in_other_dtypes(movable):
                 self._earlier, self._layout = self._layout, Layout.of(movable)
             else:
@@ -151,6 +151,22 @@ class WeightStore:
                 home.segment.digest_is_of = None
                 home.master.copy_(tensor)
                 tensor.data = home.master
+
+    def _takes_earlier_places(self, tensors: list[torch.Tensor]) -> bool:
+        """What was cast for its work, and back at home, lies where it did; whether that is so."""
+        earlier = self._earlier
+        if earlier is None or self.is_away or not earlier.is_of(tensors):
+            return False
+        for tensor in tensors:
+            home = earlier.homes[id(tensor)]
+            if is_same_place(tensor, home.master):
+                continue
+            if not has_same_values(tensor, home.master):
+                home.segment.digest_is_of = None
+                home.master.copy_(tensor)
+            tensor.data = home.master
+        self._layout, self._earlier = earlier, None
+        return True
 
     # ---- to the device
 
@@ -184,7 +200,10 @@ class WeightStore:
             as `onload`.
         """
         with label("onload", self.name), as_memory():
+            before = self._layout
             tensors = self._tensors(is_watched)
+            if self._layout is before:
+                self._earlier = None  # its dtype has changed for good
             while settles and (segment := self.next_to_settle) is not None:
                 self.settle(segment)
             transfer = self.backend.transfer
@@ -332,6 +351,11 @@ class WeightStore:
         return self.is_here or any(segment.device is not None for segment in self.segments)
 
     @property
+    def was_cast(self) -> bool:
+        """Whether it is at home, and was laid out in another dtype when it last came or went."""
+        return self._earlier is not None and not self.is_away
+
+    @property
     def is_as_it_came(self) -> bool:
         """Whether the module uses the very memory that was brought there, if any was."""
         return all(is_same_place(r.tensor, r.moved) for r in self._residents)
@@ -429,11 +453,9 @@ class WeightStore:
 
     def _go_back_to_earlier(self) -> None:
         """A component that was cast for its work, and back, is laid out as before it."""
-        earlier, self._earlier = self._earlier, None
-        if earlier is not None:
-            tensors = [home.tensor for home in earlier.homes.values()]
-            if earlier.fits(tensors):
-                self._layout = earlier
+        earlier = self._earlier
+        if earlier is not None and earlier.fits([home.tensor for home in earlier.homes.values()]):
+            self._layout, self._earlier = earlier, None
 
     def _changed_segments(self) -> list[Segment]:
         """What has to come home. The host waits until the device has done with it."""

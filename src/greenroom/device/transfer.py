@@ -27,33 +27,36 @@ class Transfer:
     def __init__(self, device: torch.device) -> None:
         self._module: Any = torch.get_device_module(device)
         self._device = device
-        self._h2d_stream: Any = None
+        self.h2d_stream: Any = None  # None before the first copy, and where a device has none
         self._watch_stream: Any = None
         self._check_stream: Any = None
         self._timed: tuple[Any, Any, int] | None = None
         #: The point, on the copies' stream, at which the latest copies begin.
         self.began: Any = None
+        #: Events that nobody needs any more. To make and to destroy one takes far longer than to
+        #: record it, so `new_time` gives these out again.
+        self.spare_times: list[Any] = []
 
     def begin(self) -> None:
         """Have streams, where the device has any."""
-        if self._h2d_stream is None and hasattr(self._module, "Stream"):
-            self._h2d_stream = self._module.Stream(device=self._device)
+        if self.h2d_stream is None and hasattr(self._module, "Stream"):
+            self.h2d_stream = self._module.Stream(device=self._device)
             self._watch_stream = self._module.Stream(device=self._device)
             self._check_stream = self._module.Stream(device=self._device)
-        if self._h2d_stream is not None:
+        if self.h2d_stream is not None:
             self.began = self.now()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Device memory to copy to: uint8, of `nbytes` bytes."""
-        with self._on(self._h2d_stream):
+        with self._on(self.h2d_stream):
             return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy host memory to the device; the host goes on at once if `source` is page-locked."""
-        with self._on(self._h2d_stream):
+        with self._on(self.h2d_stream):
             is_to_be_timed = (
                 self._timed is None
-                and self._h2d_stream is not None
+                and self.h2d_stream is not None
                 and source.is_pinned()
                 and source.nbytes >= _ENOUGH_TO_TIME
             )
@@ -71,16 +74,21 @@ class Transfer:
 
     def now(self) -> Any:
         """The point, with its time, that the copies so far lead up to; None without streams."""
-        if self._h2d_stream is None:
+        if self.h2d_stream is None:
             return None
-        event = self._module.Event(enable_timing=True)
-        event.record(self._h2d_stream)
+        event = self.new_time()
+        event.record(self.h2d_stream)
         return event
+
+    def new_time(self) -> Any:
+        """An event that tells its time once it was recorded."""
+        spare = self.spare_times
+        return spare.pop() if spare else self._module.Event(enable_timing=True)
 
     def on_arrival(self) -> Any:
         """A context: what is done inside comes after the copies so far, beside everything else."""
         if self._watch_stream is not None:
-            self._watch_stream.wait_stream(self._h2d_stream)
+            self._watch_stream.wait_stream(self.h2d_stream)
         return self._on(self._watch_stream)
 
     def after_use(self) -> Any:
@@ -104,10 +112,10 @@ class Transfer:
 
     def settle(self) -> None:
         """Copies from now on come after all that is queued, and may reuse its memory."""
-        if self._h2d_stream is not None:
-            self._h2d_stream.wait_stream(self._watch_stream)
-            self._h2d_stream.wait_stream(self._check_stream)
-            self._h2d_stream.wait_stream(self._module.current_stream(self._device))
+        if self.h2d_stream is not None:
+            self.h2d_stream.wait_stream(self._watch_stream)
+            self.h2d_stream.wait_stream(self._check_stream)
+            self.h2d_stream.wait_stream(self._module.current_stream(self._device))
 
     def _on(self, stream: Any) -> Any:
         return contextlib.nullcontext() if stream is None else self._module.stream(stream)

@@ -2,7 +2,9 @@
 
 Noting something costs the host a few microseconds and never makes it wait: times are events that
 the device passes by itself, and are read when somebody asks. What is resident and runs again is
-counted, and nothing is recorded on the device but the end of its forward.
+counted, and nothing is recorded on the device but the end of its forward. What happens often is
+noted as plain values; sums, causes in words and the like are for who reads. Events of a call that
+is no longer kept are recorded again in a later one.
 
 Note [Whose memory when]: weights live in the pool of the stream that copies, which takes their
 memory and gives it back in the order in which the host asks, whatever the other streams are at. An
@@ -21,15 +23,17 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .events import Call, Event, Offloaded, Onloaded, Ran
 
 if TYPE_CHECKING:
+    from ..core.trace import Step
     from ..device.backend import Backend
 
 logger = logging.getLogger("greenroom")
 
+_NOW = "it is needed now"
 # Causes that name a part, put into words when somebody asks.
 _AHEAD = "it is needed after {!r}, and there is room"
 _ROOM = "room for {!r} and what follows it"
@@ -38,20 +42,40 @@ _CALLS = 4
 _MOST_EVENTS = 20_000  # in a call: a FLUX of 57 blocks that streams for 100 steps takes as many
 
 
-@dataclass(eq=False, slots=True)
 class _Run:
-    part: str
-    component: str
-    asked: Any
-    forwards: int = 0
-    stream: Any = None  # that forwards end on, once one has
-    cleared: Any = None
-    began: Any = None
-    ended: Any = None
-    demanded: tuple[str, ...] = ()
-    found_ahead: tuple[str, ...] = ()
-    beside_nbytes: int | None = None
-    weights_nbytes: int = 0  # on the device meanwhile
+    """A stay in a part, as it is noted."""
+
+    __slots__ = (
+        "asked",
+        "began",
+        "beside_nbytes",
+        "cleared",
+        "demanded",
+        "ended",
+        "forwards",
+        "found_ahead",
+        "needs",
+        "part",
+    )
+
+    def __init__(
+        self,
+        part: str,
+        needs: tuple[str, ...],
+        asked: Any,
+        forwards: int,
+        beside_nbytes: int | None,
+    ) -> None:
+        self.part = part
+        self.needs = needs
+        self.asked = asked
+        self.forwards = forwards
+        self.beside_nbytes = beside_nbytes
+        self.cleared: Any = None
+        self.began: Any = None
+        self.ended: Any = None
+        self.demanded: tuple[str, ...] = ()
+        self.found_ahead: tuple[str, ...] = ()
 
     def read(self, clock: Callable[[Any], float | None], until: float | None) -> Ran:
         ended = clock(self.ended)
@@ -68,20 +92,36 @@ class _Run:
         )
 
 
-@dataclass(eq=False, slots=True)
-class _Move:
-    """An onload, or an offload: the event's class, its plain values, and its times."""
+#: Why something moved: in words, or the run that it moved for.
+_Cause: TypeAlias = "str | _Run"
+#: An onload or an offload as it is noted: the event's class, the part, its bytes, of them the
+#: page-locked or the copied ones, two times, and the cause. Most of what the log notes are these.
+_Move: TypeAlias = tuple[Any, str, int, int, Any, Any, _Cause]
 
-    kind: type[Onloaded] | type[Offloaded]
-    values: tuple[Any, ...]
-    times: tuple[Any, ...]
-    cause: str | tuple[str, str]  # a form of words, and the part that it is about
 
-    def read(self, clock: Callable[[Any], float | None]) -> Onloaded | Offloaded:
-        began, ended = map(clock, self.times)
-        if self.kind is Offloaded and began is not None and ended is not None:
-            began = min(began, ended)  # it was free before the device came to what had been queued
-        return self.kind(*(*self.values, began, ended, _said(self.cause)))
+def _read_move(move: _Move, clock: Callable[[Any], float | None]) -> Onloaded | Offloaded:
+    kind, part, nbytes, of_them, first, last, cause = move
+    began, ended = clock(first), clock(last)
+    if kind is Onloaded:
+        is_ahead = _is_ahead(part, cause)
+        return Onloaded(part, nbytes, of_them, is_ahead, began, ended, _why_sent(part, cause))
+    if began is not None and ended is not None:
+        began = min(began, ended)  # it was free before the device came to what had been queued
+    return Offloaded(part, nbytes, of_them, began, ended, _why_gone(cause))
+
+
+def _is_ahead(part: str, cause: _Cause) -> bool:
+    return isinstance(cause, str) or part not in cause.needs
+
+
+def _why_sent(part: str, cause: _Cause) -> str:
+    if isinstance(cause, str):
+        return cause
+    return _NOW if part in cause.needs else _AHEAD.format(cause.part)
+
+
+def _why_gone(cause: _Cause) -> str:
+    return cause if isinstance(cause, str) else _ROOM.format(cause.part)
 
 
 @dataclass(eq=False)
@@ -93,6 +133,7 @@ class _Raw:
     budget: int | None
     began: Any
     resident: dict[str, int]
+    times: list[Any]  # events of the device that are its alone
     kind: Hashable = None
     entries: list[_Run | _Move] = field(default_factory=list)
     missed: int = 0
@@ -132,15 +173,17 @@ class Log:
         self._calls: collections.deque[_Raw] = collections.deque(maxlen=_CALLS)
         self._open: _Raw | None = None  # a pipeline's call that runs
         self._run: _Run | None = None
+        self._component = ""  # whose part that is
         self._resident: dict[str, int] = {}  # bytes of what is there or on its way
-        self._nbytes = 0  # of all of it
-        self._unused: set[str] = set()  # of it, sent ahead and not used yet
-        self._used: set[str] = set()  # all else of it
-        self._needs: tuple[str, ...] | None = None  # of what is being brought
-        self._stream: Any = None  # that it is brought for
+        self._used: set[str] = set()  # of it, all but what was sent ahead and not used yet
+        self._bringing: _Run | None = None  # whose needs are being brought
+        self._stream: Any = None  # that it runs on
         self._is_other = False  # whether another component runs than before
+        self._weights_nbytes = 0  # on the device as long as it runs, where there is no budget
         self._cause = "it was asked for"
-        self._event: Any = None  # the class of what `now` gives
+        self._is_told = False  # whether each move is a line for people at once
+        self._times: list[Any] = []  # of the call that was begun last
+        self._spare = backend.transfer.spare_times
 
     # ---- a call
 
@@ -161,9 +204,12 @@ class Log:
     def _begun(self, pipeline: str, owner: Callable[[], object], budget: int | None) -> _Raw:
         if self._calls and self._calls[-1].is_outside and not self._calls[-1].runs:
             self._calls.pop()  # nobody will ask for it
-        call = _Raw(pipeline, owner, budget, self.now(), dict(self._resident))
+        if len(self._calls) == _CALLS:
+            self._spare[:] = self._calls.popleft().times  # and what is left of those before goes
+        self._times = []
+        call = _Raw(pipeline, owner, budget, self.now(), dict(self._resident), self._times)
         self._calls.append(call)
-        self._run, self._needs, self._stream = None, None, None
+        self._run, self._bringing, self._stream = None, None, None
         return call
 
     def returns(self) -> None:
@@ -182,68 +228,84 @@ class Log:
                 self._open.returns(self.now())
             self._backend.restore_peak()
             logger.debug("the call of %s %s", self._open.pipeline, self._open.outcome)
-        self._open, self._run, self._needs = None, None, None
+        self._open, self._run, self._bringing = None, None, None
         self.because("it was asked for")
 
     def because(self, cause: str) -> None:
         """Why parts come and go from now on, unless one that is needed is why."""
         self._cause = cause
+        self._is_told = logger.isEnabledFor(logging.DEBUG)
 
     # ---- what runs
 
     def needs(
         self,
-        part: str,
-        names: tuple[str, ...],
-        *,
-        opens: bool,
+        step: Step,
         moves: bool = False,
         every: bool = False,
         beside_nbytes: int | None = None,
-    ) -> None:
+        asked: Any = None,
+    ) -> bool:
         """A part is about to run.
 
         Args:
-            part: which.
-            names: the parts that have to be there for it.
-            opens: whether a component's forward begins.
+            step: which, and what has to be there for it.
             moves: whether anything will be sent or given up for it.
             every: note it also if it goes on with what ran before, and nothing moves.
             beside_nbytes: device memory that it is known to take besides weights.
+            asked: the point that the device has come to then, which is the log's from now on; None
+                if nobody has recorded it yet.
+
+        Returns:
+            Whether `runs` is to be told.
         """
-        run, component = self._run, _component(part)
-        goes_on = run is not None and run.component == component and not (moves or every)
-        if run is not None and goes_on and self._used.issuperset(names):
-            run.forwards += opens
+        part, names, opens = step.part, step.needs, step.opens
+        run, component, used = self._run, _component(part), self._used
+        is_other = run is None or self._component != component
+        are_used = used.issuperset(names)
+        if run is not None and are_used and not (is_other or moves or every):
+            if opens:
+                run.forwards += 1
             if beside_nbytes is not None and beside_nbytes > (run.beside_nbytes or 0):
                 run.beside_nbytes = beside_nbytes
-            return
-        self._is_other = run is None or run.component != component
-        if self._is_other:
+            return self._bringing is not None
+        if is_other:
             self._read_peak()
+            self._component, self._weights_nbytes = component, 0
+        self._is_other = is_other
         call = self._open or self._call()
-        if (self._is_other or opens or self._stream is None) and self._backend.keeps_time:
-            self._stream = self._backend.current_stream()
-        run = self._run = _Run(part, component, self._soon(), int(opens))
-        run.beside_nbytes = beside_nbytes
-        if self._unused:
-            run.found_ahead = tuple([name for name in names if name in self._unused])
-            self._unused.difference_update(run.found_ahead)
-            self._used.update(run.found_ahead)
-        call.is_by_step |= every
+        if is_other or opens or self._stream is None:
+            # To ask for it costs more than all else of a time, and nobody changes it in the middle
+            # of a component's forward.
+            self._stream = self._backend.current_stream() if self._backend.keeps_time else None
+            self._is_told = logger.isEnabledFor(logging.DEBUG)
+        if asked is None:
+            asked = self._time(self._stream)
+        else:
+            self._times.append(asked)
+        run = _Run(part, names, asked, 1 if opens else 0, beside_nbytes)
+        if not are_used:
+            for name in names:
+                if name not in used and name in self._resident:
+                    run.found_ahead += (name,)
+                    used.add(name)
+        if every:
+            call.is_by_step = True
         call.note(run)
-        self._needs = names
+        self._run = self._bringing = run
         self._cause = "the pipeline asked for it"
+        return True
 
     def runs(self) -> None:
         """What is needed is there, or the device waits for it by itself."""
-        run, self._needs = self._run, None
+        run, self._bringing = self._run, None
         if run is not None and run.began is None:
             if run.demanded or run.found_ahead:
-                run.began = self._soon()
+                run.began = self._time(self._stream)
             else:
                 run.began = run.asked if run.cleared is None else run.cleared
-            run.weights_nbytes = self._nbytes
+            if self._open is not None and self._open.budget is None:
+                self._weights_nbytes = sum(self._resident.values())
             if self._is_other:
                 self._read_peak(is_alone=False)
 
@@ -259,89 +321,85 @@ class Log:
     def left(self, part: str) -> None:
         """A forward of the component is over."""
         run = self._run
-        if run is None or run.component != _component(part):
+        if run is None or self._component != _component(part):
             return
         if run.ended is None:
-            run.ended = self.now()
-            return
-        if run.stream is None:
-            run.stream = self._backend.current_stream()
-        run.ended.record(run.stream)
+            run.ended = self._time(self._stream)
+        else:
+            run.ended.record(self._stream)
 
     # ---- what moves
 
     def now(self) -> Any:
         """What the device does next is timed by this event; None if it keeps no time."""
-        return self._backend.record_time() if self._backend.keeps_time else None
+        return self._time(self._backend.current_stream()) if self._backend.keeps_time else None
 
-    def _soon(self) -> Any:
-        """As `now`, for what is needed. To ask for the stream costs more than all else of it, and
-        nobody changes it in the middle of a component's forward.
-        """
-        if self._stream is None:
+    def _time(self, stream: Any) -> Any:
+        """The point that a stream has come to. See `Transfer.spare_times`."""
+        if stream is None:
             return None
-        self._event = self._event or type(self.now())
-        event = self._event(enable_timing=True)
-        event.record(self._stream)
+        event = self._spare.pop() if self._spare else self._backend.transfer.new_time()
+        event.record(stream)
+        self._times.append(event)
         return event
 
     def sent(self, part: str, nbytes: int, pinned_nbytes: int, journey: tuple[Any, Any]) -> None:
-        """A part was sent; `journey` has the events of its first byte and its last."""
+        """A part was sent; `journey` has the events of its first byte and its last, which are the
+        log's from now on.
+        """
         if nbytes == 0:  # it has no weights, or they are there
             if part not in self._resident:
                 self._resident[part] = 0
                 self._used.add(part)
             return
-        is_ahead = self._needs is None or part not in self._needs
-        cause: str | tuple[str, str] = self._cause
-        if is_ahead:
-            if self._needs is not None and self._run is not None:
-                cause = (_AHEAD, self._run.part)
-        elif self._run is not None:
-            self._run.demanded += (part,)
-            cause = "it is needed now"
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("onload %s, %d bytes: %s", part, nbytes, _said(cause))
-        self._nbytes += nbytes - self._resident.get(part, 0)
-        self._resident[part] = nbytes
-        if is_ahead:
-            self._unused.add(part)
-            self._used.discard(part)
-        else:
-            self._unused.discard(part)
+        run = self._bringing
+        cause: _Cause = self._cause if run is None else run
+        if run is not None and part in run.needs:
+            run.demanded += (part,)
             self._used.add(part)
+        else:
+            self._used.discard(part)
+        if self._is_told:
+            logger.debug("onload %s, %d bytes: %s", part, nbytes, _why_sent(part, cause))
+        self._resident[part] = nbytes
         call = self._open or self._call()
-        call.note(_Move(Onloaded, (part, nbytes, pinned_nbytes, is_ahead), journey, cause))
+        began, ended = journey
+        call.note((Onloaded, part, nbytes, pinned_nbytes, began, ended, cause))
+        if began is not None:
+            call.times += journey
 
     def leaves(self, part: str) -> Any:
         """A part is about to leave the device: when; None if it is not there."""
         if part not in self._resident:
             return None
-        if self._needs is not None and self._run is not None:  # it is noted already
-            return self._run.asked if self._run.cleared is None else self._run.cleared
-        return self.now()
+        run = self._bringing
+        if run is not None:  # it is noted already
+            return run.asked if run.cleared is None else run.cleared
+        # Of no call yet: it may be noted in one that begins after this.
+        return self._backend.record_time() if self._backend.keeps_time else None
 
     def forget(self, part: str) -> None:
         """A part is no more, and its memory on the device is free."""
-        self._nbytes -= self._resident.pop(part, 0)
-        self._unused.discard(part)
+        self._resident.pop(part, None)
         self._used.discard(part)
 
     def came_home(self, part: str, copied_nbytes: int, began: Any) -> None:
         """A part left the device, and so many of its bytes were copied to the host."""
-        nbytes = self._resident.get(part)
+        nbytes = self._resident.pop(part, None)
         if nbytes is None:
             return  # it was not there
-        self.forget(part)
-        cause: str | tuple[str, str] = self._cause
-        freed = self._backend.transfer.now()
-        if self._needs is not None and self._run is not None:
-            cause = (_ROOM, self._run.part)
-            self._run.cleared = self._soon()
-        if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("offload %s, %d bytes copied home: %s", part, copied_nbytes, _said(cause))
+        self._used.discard(part)
         call = self._open or self._call()
-        call.note(_Move(Offloaded, (part, nbytes, copied_nbytes), (began, freed), cause))
+        freed = self._time(self._backend.transfer.h2d_stream)
+        run = self._bringing
+        cause: _Cause = self._cause
+        if run is not None:
+            cause = run
+            run.cleared = self._time(self._stream)
+        if self._is_told:
+            said = _why_gone(cause)
+            logger.debug("offload %s, %d bytes copied home: %s", part, copied_nbytes, said)
+        call.note((Offloaded, part, nbytes, copied_nbytes, began, freed, cause))
 
     # ---- reading
 
@@ -396,7 +454,7 @@ class Log:
         if call.peak is None or peak > call.peak[0]:
             call.peak = (peak, self._run)
         if is_alone and self._run.beside_nbytes is None and call.budget is None:
-            self._run.beside_nbytes = max(0, peak - self._run.weights_nbytes)
+            self._run.beside_nbytes = max(0, peak - self._weights_nbytes)
 
 
 def _nobody() -> None:
@@ -420,11 +478,11 @@ def _read(call: _Raw, device: str) -> Call:
             until = ran.asked_s if ran.asked_s is not None else until
             events.append(ran)
         else:
-            events.append(entry.read(clock))
+            events.append(_read_move(entry, clock))
     peak, run = summed = _summed_peak(call)
     if call.peak is not None:
         peak, run = call.peak  # of a component: in which of its runs that was, the sums tell
-        if summed[1] is not None and summed[1].component == run.component:
+        if summed[1] is not None and _component(summed[1].part) == _component(run.part):
             run = summed[1]
     return Call(
         call.pipeline,
@@ -451,9 +509,9 @@ def _summed_peak(call: _Raw) -> tuple[int | None, _Run | None]:
     run: _Run | None = None
     most: tuple[int | None, _Run | None] = (None, None)
     for entry in [*call.entries[: call.returned_at], None]:
-        if isinstance(entry, _Move):
-            part, nbytes, *_ = entry.values
-            if entry.kind is Onloaded:
+        if isinstance(entry, tuple):
+            kind, part, nbytes, *_ = entry
+            if kind is Onloaded:
                 resident[part] = nbytes
             else:
                 resident.pop(part, None)
@@ -464,10 +522,6 @@ def _summed_peak(call: _Raw) -> tuple[int | None, _Run | None]:
                 most = (taken, run)
         run = entry
     return most
-
-
-def _said(cause: str | tuple[str, str]) -> str:
-    return cause if isinstance(cause, str) else cause[0].format(cause[1])
 
 
 @functools.cache

@@ -274,10 +274,8 @@ def take_peak(device: int = 0) -> tuple[int, int]:
 
     torch's own statistics stay as they are.
     """
-    native, index = _device.native, _known(device)
-    now = native.counters(index)
-    native.reset_peak(index)
-    return now["peak_bytes"], now["peak_reserved_bytes"]
+    taken: tuple[int, int] = _device.native.take_peak(_known(device))
+    return taken
 
 
 def host_register(tensor: torch.Tensor) -> None:

@@ -84,6 +84,14 @@ void reset_peak(int64_t device) {
   for (auto* gauge : {&memory.active, &memory.reserved}) gauge->forget_peak();
 }
 
+std::tuple<int64_t, int64_t> take_peak(int64_t device) {
+  const World::Lock lock;
+  auto& memory = World::get().memory(int(device));
+  const auto taken = std::make_tuple(memory.active.peak, memory.reserved.peak);
+  for (auto* gauge : {&memory.active, &memory.reserved}) gauge->forget_peak();
+  return taken;
+}
+
 void raise_peak(int64_t device, int64_t active, int64_t reserved) {
   const World::Lock lock;
   auto& memory = World::get().memory(int(device));
@@ -153,6 +161,7 @@ TORCH_LIBRARY(greenroom_sim, m) {
   m.def("now_ps() -> int", [] { return locked([](World& w) { return w.now(); }); });
   m.def("counters(int device) -> Dict(str, int)", &counters);
   m.def("reset_peak(int device) -> ()", &reset_peak);
+  m.def("take_peak(int device) -> (int, int)", &take_peak);
   m.def("raise_peak(int device, int active, int reserved) -> ()", &raise_peak);
   m.def("default_generator(int device) -> Generator?", [](int64_t device) { return greenroom::default_generator(int(device)); });
   m.def("device_count() -> int", [] { return locked([](World& w) { return int64_t(w.config().devices); }); });
