@@ -34,9 +34,11 @@ class Recording:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._entries: list[_Entry] = []
+        self._is_interrupted = False
 
     def begin(self, step: Step) -> None:
         """A step begins; the one before it has been ended."""
+        self._is_interrupted = False
         self._backend.restart_peak()
         self._entries.append(_Entry(step, self._backend.record_time()))
 
@@ -44,15 +46,20 @@ class Recording:
         """The last step ends; so many bytes were on the device that it did not work on.
 
         Returns:
-            The most bytes it took besides, also since it ended if it has; None: there is no step.
+            The most bytes it took besides, also since it ended if it has, as long as nothing
+            interrupted; None if nobody can tell.
         """
-        if not self._entries:
+        if not self._entries or (self._is_interrupted and self._entries[-1].ended is not None):
             return None
         self.look(there_nbytes)
         entry = self._entries[-1]
         if entry.ended is None:
             entry.ended = self._backend.record_time()
         return entry.beside_nbytes
+
+    def interrupt(self) -> None:
+        """Weights go home, or somebody else runs: what is in use then is no step's."""
+        self._is_interrupted = True
 
     def look(self, there_nbytes: int) -> None:
         """Until now so many bytes were there that the last step does not work on; as `end`."""

@@ -300,6 +300,7 @@ class WithinBudget:
     def send_home(self, part: Part) -> None:
         """A part goes home, whoever may need it."""
         self._now, self.is_quiet = None, False
+        self._interrupt()
         if part.key in self._inside:
             self._inside.remove(part.key)
         self._moves.send_home(part)
@@ -491,7 +492,12 @@ class WithinBudget:
 
     def _send_home_but(self, stays: Iterable[str]) -> None:
         self._now, self.is_quiet = None, False
+        self._interrupt()
         self._moves.send_home_but(stays)
+
+    def _interrupt(self) -> None:
+        if self._recording is not None:
+            self._recording.interrupt()
 
     def _send_alone(self, part: Part, needs: tuple[str, ...]) -> None:
         """The device has refused to take what a step needs: it gets all there is."""

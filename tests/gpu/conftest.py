@@ -24,6 +24,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     if found.type == "cuda":
         torch.cuda.init()  # statistics can be restarted only then
         torch.backends.cudnn.benchmark = False  # else its choice depends on the room there is
+        torch.backends.cudnn.deterministic = True  # and some kernels add up in any order
     gc.collect()
     module.empty_cache()
     module.reset_peak_memory_stats(found)
@@ -33,4 +34,5 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     if found.type == "cuda":
         torch._C._cuda_clearCublasWorkspaces()
     left = module.memory_allocated(found) - before
-    assert left <= 2**20, f"{left} bytes were left on {found}"
+    # Some classes keep tables for as long as they live.
+    assert left <= 2**21, f"{left} bytes were left on {found}"

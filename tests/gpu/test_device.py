@@ -222,7 +222,7 @@ def test_late_copies_and_late_kernels_change_no_bit(
         copy = Transfer.copy
 
         def late(self: Transfer, target: torch.Tensor, source: torch.Tensor) -> None:
-            with self._on(self._h2d_stream):
+            with self._on(self.h2d_stream):
                 torch.cuda._sleep(some_ms)
             copy(self, target, source)
 

@@ -23,15 +23,15 @@ room, but the plan may also have given something up by then.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Set
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .plan import Plan
 from .trace import Step
 
 
-@dataclass(frozen=True)
-class Orders:
+class Orders(NamedTuple):
     """What to do before a step: first let go, then send on the way, in this order.
 
     release: what is given up from now on, but stays until its room is wanted: time to find out
@@ -72,10 +72,11 @@ class Director:
         self.position = at
         self._horizon = 0
         self._staying.clear()
-        self._where: dict[str, list[int]] = {}
+        where: defaultdict[str, list[int]] = defaultdict(list)
         for i, step in enumerate(plan.steps):
             for name in step.needs:
-                self._where.setdefault(name, []).append(i)
+                where[name].append(i)
+        self._where: dict[str, list[int]] = dict(where)
         self._opens = [i for i, step in enumerate(plan.steps) if step.opens]
         self._drops = sorted(plan.drops)
         self.is_quiet = False
@@ -122,34 +123,41 @@ class Director:
         )
 
     def _begin(self, step: Step) -> Orders:
-        before = self.room
+        needs, resident, before = step.needs, self.resident, self.position
         position = self._find(step)
-        released = self._loosen(position, step.needs)
-        arrived = [name for name in step.needs if name not in self.resident]
-        for name in step.needs:
-            if name in self._loose:
+        released = self._loosen(position, needs)
+        arrived: list[str] = []
+        coming = 0
+        for name in needs:
+            if name not in resident:
+                arrived.append(name)
+                coming += self._size(name)
+            elif name in self._loose:
                 self._loose.discard(name)
                 self._stays(name)
-        coming = sum(map(self._size, arrived))
         room = self.plan.room(position)
-        out = self._make_room(coming, room, step.needs, position)
+        out: list[str] = []
+        if self.resident_nbytes + coming > room:
+            out = self._make_room(coming, room, needs, position)
         for name in arrived:
             self._join(name)
         if position is not None:
             self.position = position
-            if (self.plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
+            if self._fresh and (self.plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
                 self._fresh.clear()
             self._fetch_ahead(position, arrived, out, room)
         if not (out or arrived or released):
             return _NOTHING
-        stayed = set(out).intersection(arrived)  # there is room for it after all
-        gone = set(out) - stayed
-        return Orders(
-            tuple(name for name in out if name in gone),
-            tuple(name for name in arrived if name not in stayed),
-            tuple(name for name in released if name not in gone),
-            room > before,
-        )
+        has_more_room = room > self.plan.room(before if before >= 0 else None)
+        gone = set(out)
+        stayed = gone.intersection(arrived)  # there is room for it after all
+        if stayed:
+            gone -= stayed
+            out = [name for name in out if name in gone]
+            arrived = [name for name in arrived if name not in stayed]
+        if gone:
+            released = [name for name in released if name not in gone]
+        return Orders(tuple(out), tuple(arrived), tuple(released), has_more_room)
 
     def end_call(self, *, is_done: bool = True) -> Orders:
         """The call is over; what the next one begins with may come already.
@@ -191,11 +199,13 @@ class Director:
         if plan.fits:
             return float("inf")  # once there, it stays
         seconds, nbytes, urgent = 0.0, 0, 0.0
-        seen = set(self.resident)
+        missing = self._where.keys() - self.resident.keys()
         for step in plan.steps:
+            if not missing:
+                break
             for name in step.needs:
-                if name not in seen:
-                    seen.add(name)
+                if name in missing:
+                    missing.discard(name)
                     nbytes += self._size(name)
                     urgent = max(urgent, nbytes - seconds * plan.costs.h2d_bytes_per_s)
             seconds += step.seconds or 0.0
@@ -240,6 +250,8 @@ class Director:
         count = len(self.plan.steps)
         if not where:
             return position + 2 * count
+        if position <= where[-1]:
+            return where[bisect_left(where, position)]
         rounds, inside = divmod(position, count)
         i = bisect_left(where, inside)
         return rounds * count + (where[i] if i < len(where) else count + where[0])
@@ -251,6 +263,12 @@ class Director:
             return -1
         i = bisect_left(where, position)
         return where[i - 1] if i > 0 else where[-1] - len(self.plan.steps)
+
+    def _latest_first(self, names: Set[str], position: int) -> list[str]:
+        """These parts, the one first that is needed last from a position on."""
+        if len(names) < 2:
+            return list(names)
+        return sorted(names, key=lambda name: (-self._next(name, position), name))
 
     # ---- what goes, what comes
 
@@ -283,18 +301,15 @@ class Director:
         if missing <= 0:
             return out
         at = max(0, self.position) if position is None else position
-
-        def latest_first(names: Iterable[str]) -> list[str]:
-            return sorted(names, key=lambda name: (-self._next(name, at), name))
-
+        latest_first = self._latest_first
         loose = self._loose.difference(needs)
-        for name in latest_first(loose - self._fresh) + latest_first(loose & self._fresh):
+        for name in latest_first(loose - self._fresh, at) + latest_first(loose & self._fresh, at):
             if missing <= 0:
                 return out
             missing -= self._leave(name)
             out.append(name)
         if missing > 0:
-            for name in latest_first(self.resident.keys() - set(needs)):
+            for name in latest_first(self.resident.keys() - set(needs), at):
                 self._horizon = min(self._horizon, self._next(name, at))
                 self.pressed.append((self._last(name, at), name))
                 missing -= self._leave(name)
@@ -313,27 +328,39 @@ class Director:
         begin: int | None = None,
         most: float = float("inf"),
     ) -> None:
-        steps, resident = self.plan.steps, self.resident
-        count = len(steps)
+        steps, resident, given_up = self.plan.steps, self.resident, self._loose
+        phases, count = self.plan.of_step, len(steps)
         now = position if begin is None else begin
-        ahead = max(self._horizon, position + 1)
-        while ahead < position + count and most > 0:
-            needs = steps[ahead if ahead < count else ahead - count].needs
-            missing = [name for name in needs if name not in resident]
-            loose = [name for name in needs if name in self._loose] if self._loose else ()
-            if missing or loose:
-                coming = sum(map(self._size, missing))
-                if not self._fits_until(ahead, now, coming + sum(map(self._size, loose))):
-                    break
-                for name in loose:
-                    self._loose.discard(name)
-                    self._stays(name)
-                if not self._give_up_loose(self.resident_nbytes + coming - room, position, out):
-                    break
-                for name in missing:
-                    self._join(name)
-                arrived += missing
-                most -= coming
+        phase = phases[now] if now < count else None
+        ahead, end = max(self._horizon, position + 1), position + count
+        while ahead < end and most > 0:
+            missing: list[str] = []
+            loose: list[str] = []
+            coming = kept = 0
+            for name in steps[ahead if ahead < count else ahead - count].needs:
+                if name not in resident:
+                    missing.append(name)
+                    coming += self._size(name)
+                elif name in given_up:
+                    loose.append(name)
+                    kept += self._size(name)
+            if not (missing or loose):
+                ahead += 1
+                continue
+            # Within a phase there is room, as nearly always; it is not worth a call to find out.
+            is_here = ahead < count and phases[ahead] == phase == self._staying_since
+            if not is_here and not self._fits_until(ahead, now, coming + kept):
+                break
+            for name in loose:
+                given_up.discard(name)
+                self._stays(name)
+            lacking = self.resident_nbytes + coming - room
+            if lacking > 0 and not self._give_up_loose(lacking, position, out):
+                break
+            for name in missing:
+                self._join(name)
+            arrived += missing
+            most -= coming
             ahead += 1
         self._horizon = ahead
 
@@ -343,10 +370,14 @@ class Director:
         See Note [Room until then].
         """
         plan = self.plan
-        first, last = plan.phase_at(position), plan.phase_at(ahead)
+        phases, count = plan.of_step, len(plan.steps)
+        first = phases[position] if position < count else plan.phase_at(position)
+        last = phases[ahead] if ahead < count else plan.phase_at(ahead)
         if first != self._staying_since:
             self._staying.clear()
             self._staying_since = first
+        if first == last:
+            return True
         for phase in range(first + 1, last + 1):
             room = plan.rooms[phase % len(plan.rooms)]
             if self.resident_nbytes + coming <= room:
@@ -383,13 +414,10 @@ class Director:
 
     def _give_up_loose(self, nbytes: int, position: int, out: list[str]) -> bool:
         """Give up so many bytes of what is loose, or nothing if that is not enough."""
-        if nbytes <= 0:
-            return True
-        free = [name for name in self._loose if name not in self._fresh]
-        if sum(self.resident[name] for name in free) < nbytes:
+        free = self._loose - self._fresh if self._fresh else self._loose
+        if not free or sum([self.resident[name] for name in free]) < nbytes:
             return False
-        free.sort(key=lambda name: (-self._next(name, position), name))
-        for name in free:
+        for name in self._latest_first(free, position):
             nbytes -= self._leave(name)
             out.append(name)
             if nbytes <= 0:
@@ -405,10 +433,12 @@ class Director:
     def _join(self, name: str) -> None:
         self.resident[name] = self._size(name)
         self.resident_nbytes += self.resident[name]
-        self._stays(name)
+        if self._staying:
+            self._stays(name)
 
     def _leave(self, name: str) -> int:
-        self._goes(name)
+        if self._staying:
+            self._goes(name)
         nbytes = self.resident.pop(name)
         self.resident_nbytes -= nbytes
         self._loose.discard(name)

@@ -55,7 +55,7 @@ class Plan:
         """Bytes for weights while a step runs; None is one that nobody expected."""
         if position is None:
             return self.budget // 2 if self.unforeseen_room is None else self.unforeseen_room
-        return self.rooms[self._of_step[position]]
+        return self.rooms[self.of_step[position]]
 
     def squeezed(self, room: int, *, at: int | None = None) -> Plan:
         """The same with at most so many bytes for weights; in every phase, or in a position's."""
@@ -68,14 +68,14 @@ class Plan:
 
     def narrowed(self, position: int, room: int) -> Plan:
         """The same with at most so many bytes for weights in the phase of a step."""
-        which = self._of_step[position]
+        which = self.of_step[position]
         rooms = (*self.rooms[:which], min(room, self.rooms[which]), *self.rooms[which + 1 :])
         return replace(self, rooms=rooms)
 
     def phase_at(self, position: int) -> int:
         """The number of the phase; those of the next call follow on this one's."""
         rounds, inside = divmod(position, len(self.steps))
-        return rounds * len(self.phases) + self._of_step[inside]
+        return rounds * len(self.phases) + self.of_step[inside]
 
     def begin_of(self, phase: int) -> int:
         """The first position of a phase, by its number."""
@@ -103,7 +103,8 @@ class Plan:
         return found
 
     @cached_property
-    def _of_step(self) -> list[int]:
+    def of_step(self) -> list[int]:
+        """The number of each step's phase."""
         return [i for i, phase in enumerate(self.phases) for _ in range(phase.begin, phase.end)]
 
     def __str__(self) -> str:

@@ -79,13 +79,13 @@ class _Clock:
         self._moved = 0
 
     def _send(self, names: Iterable[str], host: float) -> None:
-        sizes = self._director.plan.sizes
+        sizes, costs, link = self._director.plan.sizes, self._costs, self._link
         for name in names:
             nbytes = sizes[name]
-            self._link = max(self._link, host) + self._costs.copy_s
-            self._link += nbytes / self._costs.h2d_bytes_per_s
-            self._ready[name] = self._link
+            link = (link if link > host else host) + costs.copy_s + nbytes / costs.h2d_bytes_per_s
+            self._ready[name] = link
             self._moved += nbytes
+        self._link = link
 
     def call(self) -> Timeline:
         director, plan = self._director, self._director.plan
@@ -95,26 +95,34 @@ class _Clock:
         peak = self._moved = 0
         ends = []
         used: dict[str, float] = {}  # when the last step of each part is over
+        ready, sizes, costs = self._ready, plan.sizes, self._costs
         for step in plan.steps:
             orders = director.begin(step)
-            before = self._done
-            over = [
-                used.get(name, began) + plan.sizes[name] / self._costs.check_bytes_per_s
-                for name in orders.offload
-            ]
-            host = max([host, *over])
-            if orders.has_more_room:
-                host = max(host, self._done)
-            self._send(orders.onload, host)
-            peak = max(peak, director.resident_nbytes + (step.beside_nbytes or 0))
-            ordered = max(over) + self._costs.pause_s if over else 0.0
-            start = max(before, ordered, *(self._ready.get(name, 0.0) for name in step.needs))
-            stalled += start - before
-            compute += step.seconds or 0.0
-            self._done = start + (step.seconds or 0.0)
+            start = before = self._done
+            for name in orders.offload:
+                over = used.get(name, began) + sizes[name] / costs.check_bytes_per_s
+                if over > host:
+                    host = over
+                if over + costs.pause_s > start:
+                    start = over + costs.pause_s
+            if orders.has_more_room and before > host:
+                host = before
+            if orders.onload:
+                self._send(orders.onload, host)
+            taken = director.resident_nbytes + (step.beside_nbytes or 0)
+            if taken > peak:
+                peak = taken
             for name in step.needs:
-                used[name] = self._done
-            ends.append(self._done - began)
+                arrives = ready.get(name, 0.0)
+                if arrives > start:
+                    start = arrives
+            seconds = step.seconds or 0.0
+            stalled += start - before
+            compute += seconds
+            self._done = done = start + seconds
+            for name in step.needs:
+                used[name] = done
+            ends.append(done - began)
         self._send(director.end_call().onload, self._done)
         pressed = tuple(director.pressed)
         return Timeline(tuple(ends), compute, stalled, self._moved, peak, pressed)
