@@ -122,7 +122,7 @@ class KnownCalls:
         """Whether such a call was measured once only, in its first call of all."""
         return key in self._to_be_timed
 
-    def learn_times(self, timing: Timing) -> None:
+    def learn_times(self, timing: Timing, kept: KeptTrace | None) -> None:
         """A call was timed that went as planned: if it is faster than that, it is planned anew."""
         known, steps = self._plans.get(timing.key), timing.steps()
         if known is None or known.plan is not timing.plan or steps is None:
@@ -134,8 +134,8 @@ class KnownCalls:
         logger.info("the steps take %.3f s, not %.3f: planned anew", now, before)
         plan = make_plan(steps, known.plan.sizes, known.plan.budget, self.costs())
         self._plans[timing.key] = _Known(plan, known.before)
-        if timing.kept is not None:
-            timing.kept.save(Trace(plan.steps, plan.sizes, self._measured()))
+        if kept is not None:
+            kept.save(Trace(plan.steps, plan.sizes, self._measured()))
 
     def limit(self, key: Hashable, nbytes: int) -> None:
         """The device has refused such a call at so many bytes: it is planned anew, below them.

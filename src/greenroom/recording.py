@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from .core.director import Director
     from .core.plan import Plan
     from .device.backend import Backend
-    from .traces import KeptTrace
 
 
 @dataclass
@@ -94,11 +93,10 @@ class Timing:
     times. Here what they wait for is in them; so the less of both is nearer to what they compute.
     """
 
-    def __init__(self, backend: Backend, key: Hashable, plan: Plan, kept: KeptTrace | None) -> None:
-        """Of a call of this kind, which goes by this plan; `kept` is where its trace is kept."""
+    def __init__(self, backend: Backend, key: Hashable, plan: Plan) -> None:
+        """Of a call of this kind, which goes by this plan."""
         self.key = key
         self.plan = plan
-        self.kept = kept
         self._backend = backend
         self._points: list[tuple[int, Any]] = []  # position, and when it began
         self._is_over = False

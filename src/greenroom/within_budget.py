@@ -167,11 +167,11 @@ class WithinBudget:
         self._before = self._moves.sizes
         self._kept = kept
         if self._timing is not None:
-            self.known.learn_times(self._timing)
+            self.known.learn_times(self._timing, kept if key == self._timing.key else None)
         self._timing = None
         plan = self.known.plan(key, self._before, self.budget, kept)
         if plan is not None and self.known.is_to_be_timed(key):
-            self._timing = Timing(self.engine.backend, key, plan, kept)
+            self._timing = Timing(self.engine.backend, key, plan)
         self._recording = Recording(self.engine.backend) if plan is None else None
         self._cast = {}
         if plan is None:

@@ -16,6 +16,7 @@ and `offload`.
 from __future__ import annotations
 
 import itertools
+import mmap
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -620,14 +621,15 @@ def _is_known(segment: Segment, masters: object) -> bool:
     return masters is not None and segment.digest_is_of is masters and segment.digest is not None
 
 
-_PAGE = 4096  # bytes
 _LEAST_PAGED = 2**20
 
 
 def _host_slab(nbytes: int) -> torch.Tensor:
-    """Host memory of whole pages, unless it is small: pages are locked, and not twice."""
-    if nbytes < _LEAST_PAGED:
+    """Host memory of whole pages, unless it is small: pages are locked, and not twice.
+
+    Its storage begins where it does: torch asks there whether memory is page-locked.
+    """
+    if nbytes < _LEAST_PAGED or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(nbytes, dtype=torch.uint8)
-    whole = torch.empty(-(-nbytes // _PAGE) * _PAGE + _PAGE, dtype=torch.uint8)
-    start = -whole.data_ptr() % _PAGE
-    return whole[start : start + nbytes]
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
