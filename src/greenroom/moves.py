@@ -65,11 +65,6 @@ class Moves:
         assert director is not None
         return director.resident_nbytes - self._outbox.nbytes(director.resident)
 
-    def is_sent(self, name: str) -> bool:
-        """Whether a part is on the device, or on its way."""
-        is_there = self.director is not None and name in self.director.resident
-        return is_there and name not in self._outbox
-
     # ---- orders
 
     def carry_out(self, orders: Orders, needs: Sequence[str], room: int, budget: int) -> None:
@@ -119,6 +114,17 @@ class Moves:
         """Send all that was ordered."""
         if self._outbox.send_all(self.masters):
             self._reserve.note(self.there_nbytes)
+
+    def show_sent(self, names: Iterable[str]) -> None:
+        """Have those of these in use that are on their way; what the next step needs is sent."""
+        director = self.director
+        if director is None:
+            return
+        for name in names:
+            if name in self._outbox and name in director.next_needs:
+                self._outbox.send(name, self.masters)
+            if name in director.resident and name not in self._outbox:
+                self._arrive(name)
 
     def send_now(self, names: Iterable[str]) -> None:
         """Have these in use, whoever ordered what."""

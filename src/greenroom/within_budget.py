@@ -207,10 +207,22 @@ class WithinBudget:
         And what was cast at home, and back, takes its place there again.
         """
         for part in list(self._moves.parts):
-            if not part.store.is_as_it_came:
+            nbytes = part.store.nbytes  # of what was sent while it was cast, more than before
+            if not part.store.is_as_it_came or nbytes != self._before.get(part.key, nbytes):
                 self.send_home(part)
             if part.store.was_cast:
                 part.store.lay_out()
+
+    def _send_cast_home(self, opens: Part) -> None:
+        """What was cast for its work, and back, goes home when another component's turn comes.
+
+        It uses other memory than it was given; and cast once more it would go home in that dtype.
+        """
+        if opens.key in self._to_be_cast or self.director is None or self.director.plan.fits:
+            return  # where there is room for all it is in nobody's way
+        for part in map(self.engine.part, self._to_be_cast):
+            if part.store.is_here and not part.store.is_as_it_came:
+                self.send_home(part)
 
     def end_call(self) -> None:
         """The call is over; what the next one needs first may come."""
@@ -343,8 +355,9 @@ class WithinBudget:
                 self._inside.append(part.key)
         director = moves.director
         assert director is not None
-        if self._unpressed is not None and self._inside == [part.key]:
-            self._relax()  # what the one before it worked on is gone
+        if self._inside == [part.key]:  # what the one before it worked on is gone
+            self._relax()
+            self._send_cast_home(part)
         orders = director.begin(step)
         is_noted = log.needs(
             step,
@@ -387,8 +400,8 @@ class WithinBudget:
             return
         self._now = None
         if self._to_be_cast:
-            # What is on its way and will be cast is to be cast there, not at home.
-            self._moves.show(filter(self._moves.is_sent, self._to_be_cast))
+            # What comes next and will be cast is to be cast there, not at home.
+            self._moves.show_sent(self._to_be_cast)
         if self._is_watched:
             self._moves.send_all()
             self._moves.show_what_comes()
@@ -586,7 +599,10 @@ class WithinBudget:
         self._finish_record(recording)
         done = recording.steps()
         helpers = {p.key for p in self._moves.parts if not p.in_sequence}
-        rest = rest_of_call(done, opened[0], self._prior, helpers)
+        # In the last turn all may be cast that is there for what comes, to twice its size.
+        used = {step.part for step in (*done, *self._prior)}.intersection(self._to_be_cast)
+        cast = sum(2 * self._moves.sizes[name] for name in used)
+        rest = rest_of_call(done, opened[0], self._prior, helpers, least_nbytes=cast)
         plan, self._unpressed = self._guess([*done, *rest]), None
         self.director.follow(plan, at=len(done) - 1)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 import greenroom
 import greenroom.sim as sim
+from greenroom.observe.events import Onloaded
 from greenroom.zoo.tiny import call_kwargs, demo_sdxl, tiny
 
 
@@ -288,3 +289,30 @@ def test_tokens_may_be_looked_up_from_outside_the_model_that_holds_their_table()
     for _ in range(3):
         assert torch.equal(model(ids, seen).cpu(), expected)
         model._hf_hook.send_home()
+
+
+@pytest.mark.parametrize("megabytes", [3.2, 3.5, 4, 4.5])
+def test_an_autoencoder_is_cast_where_it_works(
+    megabytes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As published: the autoencoder is float16 at home, and float32 for encoding and for decoding.
+    def in_float16() -> Any:
+        pipe = build("sdxl-img2img").to(torch.float16)
+        pipe.vae.register_to_config(force_upcast=True)
+        return pipe
+
+    expected = result(in_float16(), "sdxl-img2img", num_inference_steps=6)
+    sim.configure("rtx-4090")
+    monkeypatch.setattr("greenroom.outbox._ALWAYS_FLYING", 0)  # so that a few MB are many
+    pipe, budget = in_float16(), int(megabytes * 10**6)
+    encoder_nbytes = sum(p.nbytes for p in pipe.vae.encoder.parameters())
+    greenroom.enable_model_cpu_offload(pipe, budget=budget)
+    for number in range(4):
+        with sim.measure() as cost:
+            assert torch.equal(result(pipe, "sdxl-img2img", num_inference_steps=6), expected)
+        assert cost.races == [] and cost.peak_bytes <= budget
+        call = greenroom.report(pipe).call
+        assert call.is_first == (number == 0)  # what it is at home is what it was
+        # In a first call nobody knows that the encoder comes next.
+        sent = [e for e in call.events if isinstance(e, Onloaded) and e.part == "vae.encoder"]
+        assert number == 0 or all(event.nbytes < 1.5 * encoder_nbytes for event in sent)

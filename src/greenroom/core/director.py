@@ -189,6 +189,12 @@ class Director:
         """Bytes for weights in the step that runs, or ran last."""
         return self.plan.room(self.position if self.position >= 0 else None)
 
+    @property
+    def next_needs(self) -> tuple[str, ...]:
+        """What the step needs that is expected next in this call, after a quiet stay."""
+        following = self.stay.stop if self.is_quiet else self.position + 1
+        return self.plan.steps[following].needs if following < len(self.plan.steps) else ()
+
     def _urgent_nbytes(self) -> float:
         """How much of what the next call needs has to be there when it begins.
 

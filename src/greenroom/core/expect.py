@@ -9,7 +9,12 @@ from .trace import Step, visits
 
 
 def rest_of_call(
-    done: Sequence[Step], begin: int, prior: Sequence[Step], helpers: Set[str]
+    done: Sequence[Step],
+    begin: int,
+    prior: Sequence[Step],
+    helpers: Set[str],
+    *,
+    least_nbytes: int = 0,
 ) -> list[Step]:
     """What may follow after the first stay in a component, which began at `begin`.
 
@@ -17,13 +22,14 @@ def rest_of_call(
         done: what has been measured.
         prior: the order that was expected.
         helpers: parts of components outside the sequence.
+        least_nbytes: that will be worked on in some turn, whatever was measured.
     """
     part = done[begin].part
     spans = list(visits(prior))
     expected = [prior[span.start].part for span in spans]
     rest: list[Step] = []
     if part in expected:
-        turn = _turn(done, begin, helpers)
+        turn = _turn(done, begin, helpers, least_nbytes)
         for i in range(expected.index(part) + 1, len(spans)):
             rest += turn if expected[i] == part else [prior[j] for j in spans[i]]
     else:  # it helps what comes next
@@ -33,7 +39,7 @@ def rest_of_call(
     return rest
 
 
-def _turn(done: Sequence[Step], begin: int, helpers: Set[str]) -> list[Step]:
+def _turn(done: Sequence[Step], begin: int, helpers: Set[str], least_nbytes: int) -> list[Step]:
     """A round of a loop that may follow: the stay from `begin` on, and its helpers' before it.
 
     A ControlNet, which is outside the sequence, runs before each step of its UNet.
@@ -42,7 +48,9 @@ def _turn(done: Sequence[Step], begin: int, helpers: Set[str]) -> list[Step]:
         if done[span.start].part not in helpers:
             break
         begin = span.start
-    return [replace(s, beside_nbytes=and_more(s.beside_nbytes or 0)) for s in done[begin:]]
+    turn = done[begin:]
+    worked_on = [and_more(max(step.beside_nbytes or 0, least_nbytes)) for step in turn]
+    return [replace(s, beside_nbytes=nbytes) for s, nbytes in zip(turn, worked_on, strict=True)]
 
 
 def and_more(nbytes: int) -> int:
