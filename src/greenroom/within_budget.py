@@ -202,8 +202,8 @@ class WithinBudget:
 
         It uses other memory than it was given; and cast once more it would go home in that dtype.
         """
-        if opens.key in self._to_be_cast:
-            return
+        if opens.key in self._to_be_cast or self.director is None or self.director.plan.fits:
+            return  # where there is room for all it is in nobody's way
         for part in map(self.engine.part, self._to_be_cast):
             if part.store.is_here and not part.store.is_as_it_came:
                 self.send_home(part)
