@@ -45,7 +45,7 @@ class Orders(NamedTuple):
     has_more_room: bool = False
 
 
-_NOTHING = Orders()
+NOTHING = Orders()
 _WORTH_A_PAUSE_S = 5e-3  # the pause is about 150 microseconds
 
 
@@ -101,7 +101,8 @@ class Director:
             elif name in self._loose:
                 self._loose.discard(name)
                 self._stays(name)
-        room = self.plan.room(position)
+        plan = self.plan
+        room = plan.room(None) if position is None else plan.rooms[plan.of_step[position]]
         out: list[str] = []
         if self.resident_nbytes + coming > room:
             out = self._make_room(coming, room, needs, position)
@@ -109,12 +110,12 @@ class Director:
             self._join(name)
         if position is not None:
             self.position = position
-            if self._fresh and (self.plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
+            if self._fresh and (plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
                 self._fresh.clear()
             self._fetch_ahead(position, arrived, out, room)
         if not (out or arrived or released):
-            return _NOTHING
-        has_more_room = room > self.plan.room(before if before >= 0 else None)
+            return NOTHING
+        has_more_room = room > plan.room(before if before >= 0 else None)
         gone = set(out)
         stayed = gone.intersection(arrived)  # there is room for it after all
         if stayed:
@@ -196,8 +197,10 @@ class Director:
     def _find(self, step: Step) -> int | None:
         """The step's position in the plan: the expected one, or the nearest that is like it."""
         steps, expected = self.plan.steps, self.position + 1
-        if expected < len(steps) and steps[expected].place == step.place:
-            return expected
+        if expected < len(steps):
+            planned = steps[expected]
+            if planned is step or planned.place == step.place:
+                return expected
         self.deviations += 1
         where = [i for i in self._where.get(step.part, ()) if steps[i].place == step.place]
         if not where:
@@ -291,7 +294,7 @@ class Director:
         most: float = float("inf"),
     ) -> None:
         steps, resident, given_up = self.plan.steps, self.resident, self._loose
-        phases, count = self.plan.of_step, len(steps)
+        phases, sizes, count = self.plan.of_step, self.plan.sizes, len(steps)
         now = position if begin is None else begin
         phase = phases[now] if now < count else None
         ahead, end = max(self._horizon, position + 1), position + count
@@ -302,10 +305,10 @@ class Director:
             for name in steps[ahead if ahead < count else ahead - count].needs:
                 if name not in resident:
                     missing.append(name)
-                    coming += self._size(name)
+                    coming += sizes[name]
                 elif name in given_up:
                     loose.append(name)
-                    kept += self._size(name)
+                    kept += sizes[name]
             if not (missing or loose):
                 ahead += 1
                 continue
