@@ -22,6 +22,7 @@ import dry
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from greenroom.core.simulate import Costs
     from greenroom.core.trace import Step
 
 GB = 10**9
@@ -86,6 +87,21 @@ def measure(
 
     kernels_s: what the resident pipeline computes in a call.
     """
+    import greenroom.sim as sim
+    from greenroom.core.simulate import Costs
+
+    asked = SHAPES[shape]
+    pipe = dry.load(asked.pipeline, profile, capacity)
+    enable = ways_on("sim:0", budget)[way]
+    found = dry.measure(pipe, asked.pipeline, enable, calls, asked.arguments)
+    if budget is not None:
+        costs = Costs(sim.get_profile(profile).link.h2d_pinned, copy_s=0.0)
+        found["bounds"] = bounds(*last_call("sim:0", budget), budget, costs, kernels_s)
+    return found
+
+
+def ways_on(device: str, budget: int | None) -> dict[str, dry.Enable]:
+    """How each way is turned on; greenroom's within a budget of bytes, or with none."""
     import torch
 
     import greenroom
@@ -94,58 +110,49 @@ def measure(
         # A VAE that the pipeline casts for its work comes back uncast, and fails: it has to stay.
         stays = ["vae"] if pipe.vae.dtype == torch.float16 else None
         pipe.enable_group_offload(
-            onload_device=torch.device("sim:0"), use_stream=True, exclude_modules=stays, **options
+            onload_device=torch.device(device), use_stream=True, exclude_modules=stays, **options
         )
 
-    ways: dict[str, dry.Enable] = {
-        RESIDENT: lambda pipe: pipe.to("sim"),
+    return {
+        RESIDENT: lambda pipe: pipe.to(device),
         GREENROOM: lambda pipe: greenroom.enable_model_cpu_offload(
-            pipe, device="sim", budget=budget
+            pipe, device=device, budget=budget
         ),
-        "model": lambda pipe: pipe.enable_model_cpu_offload(device="sim"),
-        "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(device="sim"),
+        "model": lambda pipe: pipe.enable_model_cpu_offload(device=device),
+        "sequential": lambda pipe: pipe.enable_sequential_cpu_offload(device=device),
         "blocks": lambda pipe: group(pipe, offload_type="block_level", num_blocks_per_group=1),
         "leaves": lambda pipe: group(pipe, offload_type="leaf_level"),
         "leaves-record": lambda pipe: group(pipe, offload_type="leaf_level", record_stream=True),
     }
-    asked = SHAPES[shape]
-    pipe = dry.load(asked.pipeline, profile, capacity)
-    found = dry.measure(pipe, asked.pipeline, ways[way], calls, asked.arguments)
-    if budget is not None:
-        found["bounds"] = _bounds(*_last_call(budget), budget, profile, kernels_s)
-    return found
 
 
-def _last_call(budget: int) -> tuple[Sequence[Step], Mapping[str, int]]:
+def last_call(device: str, budget: int) -> tuple[Sequence[Step], Mapping[str, int]]:
     """The steps of greenroom's last call, as its first one measured them, and the parts' bytes."""
     import torch
 
     from greenroom.engine import Engine
 
-    director = Engine.of(torch.device("sim:0")).within(budget).director
+    director = Engine.of(torch.device(device)).within(budget).director
     assert director is not None
     return director.plan.steps, director.plan.sizes
 
 
-def _bounds(
+def bounds(
     steps: Sequence[Step],
     sizes: Mapping[str, int],
     budget: int,
-    profile: str,
+    costs: Costs,
     kernels_s: float | None,
 ) -> dict[str, Any]:
-    """The bounds for a first and a later call, with the card's link.
+    """The bounds for a first and a later call.
 
     A step's seconds were measured while weights came, and the host locked memory. Where all of them
     are more than the kernels take, they are shortened to that, lest the bound be none.
     """
     import dataclasses
 
-    import greenroom.sim as sim
     from greenroom.core.bound import Start, lower_bound
-    from greenroom.core.simulate import Costs
 
-    costs = Costs(sim.get_profile(profile).link.h2d_pinned, copy_s=0.0)
     traced_s = sum(step.seconds or 0.0 for step in steps)
     factor = 1.0 if kernels_s is None else min(1.0, kernels_s / traced_s)
     steps = [dataclasses.replace(step, seconds=(step.seconds or 0.0) * factor) for step in steps]

@@ -10,21 +10,24 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import greenroom.sim as sim
+import greenroom
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "diffusers", "accelerate", "transformers", "greenroom")
+PACKAGES = ("torch", "diffusers", "accelerate", "transformers")
 
 
 def versions() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
+        "greenroom": greenroom.__version__,
     }
 
 
 def simulated(profile: str) -> dict[str, Any]:
     """The card that is simulated, with every rate that virtual seconds come from."""
+    import greenroom.sim as sim
+
     card = dataclasses.asdict(sim.get_profile(profile))
     del card["sources"]  # they stand beside the profile
     return {"simulated": True, **card}

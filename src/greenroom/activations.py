@@ -18,9 +18,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
-#: Kernels take memory for themselves (a convolution that needs another layout, say, copies what it
-#: reads), which nothing tells beforehand: as much again as what they return is left for them.
-_FOR_ITSELF = 2
+#: Kernels take memory for themselves, which nothing tells beforehand: as much again as what they
+#: return is left for them. Those that work element by element read what they are given as it lies.
+#: cuDNN's fastest kernels for a convolution also copy what they read into another layout; where
+#: there is no room for that, another one does it without a word, and gives other bits.
+_COPY_WHAT_THEY_READ = frozenset({torch.ops.aten.convolution, torch.ops.aten.cudnn_convolution})
 
 
 class ActivationWatch(TorchDispatchMode):
@@ -40,7 +42,7 @@ class ActivationWatch(TorchDispatchMode):
         self._device = device
         self._ask = ask
         self._left = 0
-        self._known: dict[Hashable, int] = {}  # blocks repeat
+        self._known: dict[Hashable, tuple[int, int]] = {}  # blocks repeat
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -58,13 +60,23 @@ class ActivationWatch(TorchDispatchMode):
         kwargs = kwargs or {}
         if _returns_memory(func):
             alike = func, _shapes_of(args), _shapes_of(tuple(kwargs.items()))
-            takes = self._known.get(alike)
-            if takes is None:
-                takes = self._known[alike] = returned_nbytes(func, args, kwargs, self._device)
-            if _FOR_ITSELF * takes > self._left:
-                self._left = self._ask(_FOR_ITSELF * takes)
-            self._left -= takes
+            known = self._known.get(alike)
+            if known is None:
+                returns = returned_nbytes(func, args, kwargs, self._device)
+                known = self._known[alike] = returns, self._works_on_nbytes(func, args, returns)
+            returns, works_on = known
+            if returns + works_on > self._left:
+                self._left = self._ask(returns + works_on)
+            self._left -= returns
         return func(*args, **kwargs)
+
+    def _works_on_nbytes(self, func: Any, args: tuple[Any, ...], returns: int) -> int:
+        """Bytes that an operation's kernel may take for itself."""
+        if torch.Tag.pointwise in func.tags:
+            return 0
+        if func.overloadpacket not in _COPY_WHAT_THEY_READ or self._device.type != "cuda":
+            return returns
+        return returns + sum(t.nbytes for t in _tensors_in(args))
 
 
 @functools.cache

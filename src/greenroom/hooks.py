@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,8 @@ class Part:
     def _ring(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self._is_copy:
             return args, kwargs
+        if self.within is not None and self.within.is_quiet and self._is_here:
+            return self.bring(args), self.bring(kwargs)
         if self.within is None and not self._is_known(module):
             self.doors = (*self.doors, module)  # it is called by itself: maybe again
         self.engine.need(self.key, enters=id(module) in self._entrances)
@@ -256,9 +259,12 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
         if runs:
             whole.doors = whole.inside
         self.parts = [whole]
+        embeddings = input_embeddings_of(module) if runs else []
         for run in runs:
             blocks = part(run.modules, f"{name}.{run.name}", beside=whole)
-            blocks.doors = blocks.inside = list(run.modules)
+            inside = {id(m) for m in blocks.inside}.difference(map(id, run.modules))
+            called_from_outside = [m for m in embeddings if id(m) in inside]
+            blocks.doors = blocks.inside = [*run.modules, *called_from_outside]
             self.parts.append(blocks)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelHook:
@@ -313,6 +319,22 @@ class OffloadHook(CpuOffload):  # type: ignore[misc]
     def send_home(self) -> bool:
         """Every part goes home; False if another thread is running one."""
         return all([self.engine.send_home(part.key) for part in self.parts])
+
+
+def input_embeddings_of(component: nn.Module) -> list[nn.Module]:
+    """What models of transformers look tokens up in, which is deep inside another model of theirs.
+
+    A model that understands pictures as well calls it by itself, to put pictures among the tokens.
+    """
+    found: dict[int, nn.Module] = {}
+    for module in component.modules():
+        get = getattr(module, "get_input_embeddings", None)
+        # Models without any raise an error.
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            embedding = get() if callable(get) else None
+            if isinstance(embedding, nn.Module):
+                found[id(embedding)] = embedding
+    return list(found.values())
 
 
 _CONTAINERS = (tuple, list, dict, Mapping)  # an abstract class is slow to ask, so it comes last

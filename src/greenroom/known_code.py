@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -108,15 +109,19 @@ def _is_known_module(module: nn.Module) -> bool:
         not _has_statistics(module)
         and all(map(is_harmless, module._forward_pre_hooks.values()))
         and all(map(is_harmless, module._forward_hooks.values()))
-        and _is_known_hook(getattr(module, "_hf_hook", None))
+        and _is_known_hook(vars(module).get("_hf_hook"))
         and all(
             _is_own_forward(module, value)
             if name in ("forward", "_old_forward")
             else _is_known_value(value)
             for name, value in vars(module).items()
-            if callable(value)
+            if type(value) not in _NEVER_CALLED and callable(value)
         )
     )
+
+
+#: Most of what a module has; not to ask each of it is most of the time that looking takes.
+_NEVER_CALLED = frozenset({bool, dict, float, int, list, OrderedDict, set, str, tuple, type(None)})
 
 
 def _has_statistics(module: nn.Module) -> bool:

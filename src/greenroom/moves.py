@@ -155,8 +155,16 @@ class Moves:
         director = self.director
         if director is None or director.position < 0:
             return None
-        seconds = director.plan.steps[director.position].seconds
+        steps = director.plan.steps
+        seconds = steps[director.position].seconds
+        if director.is_quiet:
+            seconds = sum(steps[i].seconds or 0.0 for i in director.stay)
         return self._outbox.step_ends(self._stream, seconds)
+
+    @property
+    def waits_to_send(self) -> bool:
+        """Whether something that was ordered was not sent yet."""
+        return bool(self._outbox)
 
     def follow_stream(self) -> None:
         """Whoever computes on another stream now comes after all that was done on the last one."""

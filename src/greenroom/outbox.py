@@ -37,6 +37,9 @@ class Outbox:
             return 0
         return sum(sizes.get(name, 0) for name in self._unsent)
 
+    def __bool__(self) -> bool:
+        return bool(self._unsent)
+
     def __contains__(self, name: str) -> bool:
         return name in self._unsent
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .activations import ActivationWatch, is_compiled
 from .core.director import Director, Orders
-from .core.expect import rest_of_call
+from .core.expect import and_more, is_near, rest_of_call
 from .core.plan import Plan, make_plan
 from .core.trace import Step, step_of
 from .core.units import format_bytes
@@ -34,7 +34,7 @@ from .grant import (
 )
 from .known_calls import KnownCalls
 from .moves import Moves
-from .recording import Recording
+from .recording import Recording, Timing
 from .second_try import refusal_of
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ class WithinBudget:
         if self._is_auto:  # more may be free when they run
             self.divided_for = max(self.budget, engine.backend.memory_bytes() // 4)
         #: What is known of calls that were seen.
-        self.known = KnownCalls(engine.backend.transfer.bytes_per_s)
+        backend = engine.backend
+        self.known = KnownCalls(backend.transfer.bytes_per_s, backend.unusable_nbytes)
+        backend.let_segments_grow()
         self._moves = Moves(engine.backend, engine.part, engine.is_known, self.known.costs)
         self._kept: KeptTrace | None = None  # of the call that goes on
         self._before: Mapping[str, int] = {}  # bytes of all parts when the call began
@@ -76,8 +78,11 @@ class WithinBudget:
         self._now: Step | None = None
         self._is_watched = False
         self._recording: Recording | None = None  # while a call is learned
+        self._timing: Timing | None = None  # of the last call that went by a new plan
         self._foresees = False  # what a component works on, while it runs first
         self._is_moving = False  # weights
+        #: Nothing comes or goes while the component that runs does: its parts need not be told of.
+        self.is_quiet = False
         #: What is left for what was never measured; None where nobody foresees it.
         self._unmeasured_nbytes: int | None = None
         self._unpressed: Plan | None = None  # what is followed but for what a component works on
@@ -146,10 +151,11 @@ class WithinBudget:
                 change them.
             kept: what another process may have learned of calls like it.
         """
-        self._is_watched = is_watched
+        self._is_watched, self.is_quiet = is_watched, False
         self._moves.masters = None if is_watched else object()
         self._inside, self._now, self._key = [], None, key
         self._unsqueezed = self._unpressed = None
+        self._refused_at = 0
         self._prior = list(prior)
         self._take_in_what_others_did()
         for part in self._moves.parts:  # until the call is over, if nobody else's code runs in it
@@ -160,7 +166,12 @@ class WithinBudget:
         self._moves.outside_nbytes = self.engine.backend.allocated_bytes() - self._moves.ours_nbytes
         self._before = self._moves.sizes
         self._kept = kept
+        if self._timing is not None:
+            self.known.learn_times(self._timing, kept if key == self._timing.key else None)
+        self._timing = None
         plan = self.known.plan(key, self._before, self.budget, kept)
+        if plan is not None and self.known.is_to_be_timed(key):
+            self._timing = Timing(self.engine.backend, key, plan)
         self._recording = Recording(self.engine.backend) if plan is None else None
         self._cast = {}
         if plan is None:
@@ -191,17 +202,22 @@ class WithinBudget:
         self._send_replaced_home()
 
     def _send_replaced_home(self) -> None:
-        """Parts that use other memory than they were given go home: it is in no account."""
+        """Parts that use other memory than they were given go home: it is in no account.
+
+        And what was cast at home, and back, takes its place there again.
+        """
         for part in list(self._moves.parts):
             if not part.store.is_as_it_came:
                 self.send_home(part)
+            if part.store.was_cast:
+                part.store.lay_out()
 
     def end_call(self) -> None:
         """The call is over; what the next one needs first may come."""
         director = self.director
         if director is None:
             return
-        self._inside, self._now = [], None
+        self._inside, self._now, self.is_quiet = [], None, False
         is_done = not self.engine.backend.is_busy()
         is_as_planned = self._recording is not None or not director.deviations
         if is_as_planned:
@@ -217,7 +233,9 @@ class WithinBudget:
             self._warn_if_exceeded(steps)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
             director.follow(plan, at=len(steps) - 1)
-        elif not is_as_planned:
+        elif is_as_planned and self._timing is not None:
+            self._timing.end(director)
+        elif not is_as_planned and not self._refused_at:
             logger.info("%d steps were not as planned: learning anew", director.deviations)
             self.known.forget(self._key)
         for part in self._moves.parts:
@@ -253,6 +271,7 @@ class WithinBudget:
     def send_all_home(self) -> None:
         """Everything goes home, whoever may need it."""
         self._inside, self._now, self._recording = [], None, None
+        self.is_quiet = False
         failed = self._moves.send_all_home()
         self._expect_changes()
         if failed is not None:
@@ -274,12 +293,14 @@ class WithinBudget:
 
     def raised(self, part: Part) -> None:
         """A forward of the component has raised: it does not run any more."""
+        self.is_quiet = False
         if part.key in self._inside:
             del self._inside[self._inside.index(part.key) :]
 
     def send_home(self, part: Part) -> None:
         """A part goes home, whoever may need it."""
-        self._now = None
+        self._now, self.is_quiet = None, False
+        self._interrupt()
         if part.key in self._inside:
             self._inside.remove(part.key)
         self._moves.send_home(part)
@@ -292,7 +313,7 @@ class WithinBudget:
 
     def need(self, part: Part, *, enters: bool) -> None:
         """A part is about to run."""
-        self._is_moving = True
+        self._is_moving, self.is_quiet = True, False
         try:
             self._need(part, enters=enters)
         finally:
@@ -346,10 +367,14 @@ class WithinBudget:
         if self._recording is not None:
             self._note_casts(step.needs)
             self._recording.begin(step)
+        else:
+            self.is_quiet = director.is_quiet and not moves.waits_to_send
+            if self._timing is not None:
+                self._timing.begin(director)
 
     def left(self, part: Part) -> None:
         """A component's forward has returned: its weights are for others to see."""
-        self._is_moving = True
+        self._is_moving, self.is_quiet = True, False
         try:
             self._left(part)
         finally:
@@ -466,8 +491,13 @@ class WithinBudget:
         backend.restart_peak()
 
     def _send_home_but(self, stays: Iterable[str]) -> None:
-        self._now = None
+        self._now, self.is_quiet = None, False
+        self._interrupt()
         self._moves.send_home_but(stays)
+
+    def _interrupt(self) -> None:
+        if self._recording is not None:
+            self._recording.interrupt()
 
     def _send_alone(self, part: Part, needs: tuple[str, ...]) -> None:
         """The device has refused to take what a step needs: it gets all there is."""
@@ -494,7 +524,14 @@ class WithinBudget:
         logger.info("%s takes %d bytes besides weights", part.key, beside)
         if self._unsqueezed is not None:
             room = max(0, min(self._usable_now, self._refused_at) - beside)
-            director.follow(self._unsqueezed.squeezed(room), at=director.position)
+            at = director.position
+            plan = self._unsqueezed.squeezed(room)
+            if self._recording is None and at >= 0 and self._key is not None:
+                # Within what there seems to be, and as if it were so in this phase alone.
+                again = self.known.plan(self._key, self._before, self.budget, self._kept)
+                if again is not None and len(again.steps) == len(plan.steps):
+                    plan = again.squeezed(room, at=at)
+            director.follow(plan, at=at)
             self._unsqueezed = None
 
     def refusal(
@@ -516,13 +553,29 @@ class WithinBudget:
         beside = recording.end(self._moves.there_nbytes + self._moves.outside_nbytes)
         if beside is not None:
             self.engine.log.took(beside)
+            self._expect_more(beside)
+
+    def _expect_more(self, beside_nbytes: int) -> None:
+        """Steps like the last one may work on more than was expected: make room for that."""
+        director, expected = self.director, self._expected_beside()
+        assert director is not None
+        room = self._usable_now - and_more(beside_nbytes)
+        if expected is None or not is_near(beside_nbytes, self._usable_now - director.room):
+            return
+        position = director.position
+        director.follow(director.plan.narrowed(position, room), at=position)
+        if self._unpressed is not None:
+            self._unpressed = self._unpressed.narrowed(position, room)
 
     def _expected_beside(self) -> int | None:
-        """What the step that runs took besides weights when it was measured."""
+        """What the step that runs, or a quiet stay, took besides weights when it was measured."""
         director = self.director
         if director is None or not 0 <= director.position < len(director.plan.steps):
             return None
-        return director.plan.steps[director.position].beside_nbytes
+        steps = director.plan.steps
+        if not director.is_quiet:
+            return steps[director.position].beside_nbytes
+        return max((steps[i].beside_nbytes or 0 for i in director.stay), default=0)
 
     def _replan(self, part: Part, recording: Recording) -> None:
         """After the first stay in a component: expect what was expected, and what was measured."""

@@ -132,6 +132,21 @@ def test_what_one_phase_copies_does_not_hide_under_another() -> None:
     assert rested.seconds == pytest.approx(10 + 50)
 
 
+def test_what_does_not_fit_in_beside_the_long_step_of_a_round_comes_after_it() -> None:
+    # Only "long" fits in beside what it works on: in each round x and y take 2 s after it.
+    sizes = {"rest": 1, "long": 2, "x": 10, "y": 10}
+    turn = [Step("rest", ("rest",), 0.0, 0, opens=True), Step("x", ("rest",), 0.25, 0)]
+    turn += [Step("long", ("rest",), 10.0, 20), Step("y", ("rest",), 0.25, 0)]
+    rounds = 20
+    for start in Start:
+        bound = lower_bound(turn * rounds, sizes, 23, Costs(10.0), start)
+        # What is there in the beginning, or comes while x and y work, is less than a round's.
+        assert bound.seconds >= (rounds - 1) * (10.0 + 2.0)
+        assert bound.seconds <= rounds * (10.0 + 2.0 + 0.5 + 0.2)
+    # The familiar bound sees neither.
+    assert max(bound.compute_s, bound.h2d_nbytes / 10) == pytest.approx(rounds * 10.5)
+
+
 def test_what_a_step_works_on_is_room_that_is_missing() -> None:
     sizes = {"a": 10, "b": 10}
     steps = [Step("a", ("a",), 1.0, 0, opens=True), Step("b", ("b",), 1.0, 0, opens=True)]

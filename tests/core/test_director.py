@@ -89,6 +89,29 @@ def test_there_is_room_also_for_steps_that_the_device_has_not_got_to(data: st.Da
 
 
 @given(st.data())
+def test_steps_of_a_quiet_stay_need_not_be_told_of(data: st.DataObject) -> None:
+    steps, sizes = data.draw(programs())
+    budget = data.draw(fits(steps, sizes))
+    plan = make_plan(steps, sizes, budget, COSTS)
+    loaded = []
+    for tells_all in (True, False):
+        host = Host(Director(plan), sizes, budget)
+        for _ in range(4):
+            host.begin_call()
+            came: list[str] = []
+            for step in steps:
+                if host.director.is_quiet and not step.opens and not tells_all:
+                    assert host.there.issuperset(step.needs)
+                    host.running.append(step)
+                    continue
+                came += host.begin(step).onload
+            came += host.end_call().onload
+            assert host.director.deviations == 0
+        loaded.append(sum(sizes[name] for name in came))
+    assert loaded[0] == loaded[1]
+
+
+@given(st.data())
 def test_whatever_runs_and_whoever_takes_parts_away(data: st.DataObject) -> None:
     steps, sizes = data.draw(programs())
     budget = data.draw(fits(steps, sizes))
@@ -110,6 +133,49 @@ def test_whatever_runs_and_whoever_takes_parts_away(data: st.DataObject) -> None
 
 # ---- one by one
 # --------------------------------------------------------------------------------
+
+
+def stay(name: str, parts: str) -> list[Step]:
+    opening = Step(name, (name,), 1e-3, 0, opens=True)
+    return [opening, *(Step(part, (name,), 1e-3, 0) for part in parts)]
+
+
+def test_a_loop_in_which_everything_stays_is_quiet_but_for_its_last_round() -> None:
+    steps = [*stay("E", "f"), *stay("U", "vwx") * 4, *stay("D", "e")]
+    director = Director(planned(steps, 1000))
+    for _ in range(2):
+        director.begin_call()
+        quiet = []
+        for step in steps:
+            director.begin(step)
+            quiet.append(director.is_quiet)
+    opens = [i for i, step in enumerate(steps) if step.opens]
+    assert [i for i, is_quiet in enumerate(quiet) if is_quiet] == opens[:-1]
+    # What is given up after the last round, or streams in each, is told of.
+    director = Director(planned(steps, 1000, {15: "v"}))
+    run(director, steps)
+    director.begin_call()
+    told = 0
+    for step in steps:
+        if not director.is_quiet or step.opens:
+            director.begin(step)
+            told += 1
+    assert director.deviations == 0 and director.position == len(steps) - 1
+    assert told < len(steps)
+
+
+def test_a_part_that_went_in_a_quiet_stay_is_found_where_it_is_needed() -> None:
+    steps = [*stay("U", "vwx") * 3, *stay("D", "e")]
+    director = Director(planned(steps, 1000))
+    run(director, steps)
+    director.begin_call()
+    director.begin(steps[0])
+    assert director.is_quiet
+    director.gone(["w"])
+    assert director.begin(steps[2]).onload == ("w",)
+    assert not director.is_quiet and director.deviations == 0 and director.position == 2
+    run_rest = [director.begin(step) for step in steps[3:]]
+    assert run_rest and director.deviations == 0
 
 
 def step(part: str, beside: int = 0, *, seconds: float = 1e-3, opens: bool = True) -> Step:

@@ -11,16 +11,19 @@ from itertools import combinations
 import pytest
 from core.exact import least_seconds
 
+from greenroom.core.bound import Start, lower_bound
 from greenroom.core.plan import make_plan
 from greenroom.core.simulate import Costs, run
 from greenroom.core.trace import Step
 
 COSTS = Costs(h2d_bytes_per_s=10.0, copy_s=0.0)
+_SAME = 1e-9  # seconds
 
 # What the planner is held to, over `SEEDS`: two calls in a row, from an empty device.
 SEEDS = range(300)
 USUALLY, NOT_USUALLY = 1.05, 0.01  # times the optimum; the share of pipelines that may be above
 ALWAYS, ON_AVERAGE = 1.15, 1.005
+NEAR = 0.985  # of the optimum, on average: the bound of a first call
 
 
 @dataclass(frozen=True)
@@ -223,3 +226,20 @@ def test_plans_are_near_the_optimum() -> None:
     assert ratios[worst[0]] <= ALWAYS, story
     assert sum(ratio > USUALLY for ratio in ratios.values()) <= NOT_USUALLY * len(SEEDS), story
     assert statistics.fmean(ratios.values()) <= ON_AVERAGE, story
+
+
+def test_the_bound_is_never_above_the_optimum() -> None:
+    shares = []
+    for seed in SEEDS:
+        case = small(seed)
+        first, later = (
+            lower_bound(case.steps, case.sizes, case.budget, COSTS, start).seconds
+            for start in (Start.EMPTY, Start.RESTED)
+        )
+        one = least_seconds(case.steps, case.sizes, case.budget, COSTS)
+        two = case.least_s(at_most=case.planned_s())
+        assert one is not None and two is not None
+        assert first <= one + _SAME, str(case)
+        assert first + later <= two + _SAME, str(case)
+        shares.append(first / one)
+    assert statistics.fmean(shares) >= NEAR, "the bound is not as near as it was"

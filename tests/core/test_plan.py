@@ -182,3 +182,14 @@ def test_a_plan_prints_what_stays_and_what_streams() -> None:
     plan = make_plan(steps, sizes, 10 * 10**9, Costs(25e9))
     assert isinstance(plan, Plan)
     assert str(plan).startswith("  30 x rest: 21 parts, 20.00 GB, of which ")
+
+
+def test_loops_that_look_like_others_with_fewer_rounds() -> None:
+    steps = [Step(part, (part,), 1.0, 0, opens=True) for part in "bccccbccc"]
+    found = phases(steps)
+    assert [phase.times for phase in found] == [1, 4, 1, 3]
+    fewer = [steps[0], *steps[1:4], *steps[5:]]  # as many rounds as are simulated
+    assert len(phases(fewer)) == 1
+    plan = make_plan(steps, {"b": 3, "c": 4}, 5, COSTS)
+    assert list(plan.phases) == found
+    assert simulate(plan, COSTS).peak_nbytes <= 5

@@ -68,10 +68,19 @@ def test_it_asks_only_when_what_there_is_may_be_used_up() -> None:
         return 100 * 4096
 
     with torch.no_grad(), ActivationWatch(SIM, ask):
-        x = nothing(1024)
+        x = nothing(32, 32)
         for _ in range(250):
-            x = x + 1.0
+            x = x @ x
     assert asked == [2 * 4096] * 3  # what it returns, and as much again for itself
+
+
+def test_what_works_element_by_element_takes_nothing_for_itself() -> None:
+    asked: list[int] = []
+    with torch.no_grad():
+        x = nothing(1024)
+        with ActivationWatch(SIM, lambda nbytes: asked.append(nbytes) or 0):
+            torch.nn.functional.silu(x + 1.0)
+    assert asked == [4096] * 2
 
 
 def test_compiled_modules_are_known() -> None:
@@ -203,3 +212,36 @@ def test_a_small_input_may_give_a_large_result() -> None:
     with sim.measure() as cost:
         assert torch.equal(pipe(x), expected)
     assert cost.peak_bytes <= budget
+
+
+class Growing:
+    """A loop that keeps some of what each of its turns returns."""
+
+    model_cpu_offload_seq = "denoiser"
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.denoiser = nn.Sequential(*(nn.Linear(512, 512) for _ in range(10)))  # 10 MiB
+        self.components = {"denoiser": self.denoiser}
+
+    def __call__(self, x: torch.Tensor, num_inference_steps: int) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        with torch.no_grad():
+            for _ in range(num_inference_steps):
+                x = self.denoiser(x)
+                kept.append(x[:64].clone())
+            return torch.cat([turn.cpu() for turn in kept])
+
+
+@pytest.mark.parametrize("megabytes", [8, 10, 12])
+def test_what_grows_from_turn_to_turn_gets_more_room(megabytes: int) -> None:
+    # A turn works on 1.5 MiB, and leaves an eighth: in the end it is three times as much.
+    x, steps = torch.randn(256, 512), 24
+    expected = Growing()(x, num_inference_steps=steps)
+    sim.configure("rtx-4090", capacity="1GiB")
+    pipe, budget = Growing(), megabytes * MIB
+    greenroom.enable_model_cpu_offload(pipe, budget=budget)
+    for _ in range(2):
+        with sim.measure() as cost:
+            assert torch.equal(pipe(x, num_inference_steps=steps), expected)
+        assert cost.races == [] and cost.peak_bytes <= budget

@@ -254,3 +254,37 @@ def test_a_pipeline_without_a_budget_gets_the_device_for_itself() -> None:
         result(other, "flux")
     assert torch.sim.memory_allocated() < 2**16
     assert cost.peak_bytes < nbytes(kept) + nbytes(other)
+
+
+def test_tokens_may_be_looked_up_from_outside_the_model_that_holds_their_table() -> None:
+    """As models that also see pictures do: the table is deep inside a part that travels alone."""
+
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Embedding(64, 32), nn.Linear(32, 32)
+
+        def get_input_embeddings(self) -> nn.Module:
+            return self.table
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(x)
+
+    class Multimodal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.eye, self.language = nn.Linear(512, 32), Language()
+
+        def forward(self, ids: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+            tokens = self.language.get_input_embeddings()(ids)
+            return self.language(tokens + self.eye(seen))
+
+    torch.manual_seed(0)
+    model, ids, seen = Multimodal(), torch.arange(8), torch.rand(8, 512)
+    expected = model(ids, seen)
+    greenroom.enable_model_cpu_offload({"model": model}, sequence="model", budget="512KiB")
+    parts = {part.key for part in model._hf_hook.parts}
+    assert parts == {"model", "model.eye", "model.language"}
+    for _ in range(3):
+        assert torch.equal(model(ids, seen).cpu(), expected)
+        model._hf_hook.send_home()

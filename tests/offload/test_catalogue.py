@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -43,12 +44,40 @@ def test_enabled_twice_and_run_twice_a_pipeline_leaves_no_trace(name: str) -> No
 def enable_and_run_twice(case: Case) -> None:
     expected = run(case, case.build())
     pipe = case.build()
-    for device in ("sim", None):
-        pipe.enable_model_cpu_offload(device=device)
+    pipe.enable_model_cpu_offload(device="sim")
+    with sim.measure() as cost:
         assert torch.equal(run(case, pipe), expected)
-        for part, module in pipe.components.items():
-            if not isinstance(module, nn.Module) or part in pipe._exclude_from_cpu_offload:
-                continue
+    assert_all_at_home(pipe)
+    pipe.enable_model_cpu_offload()
+    assert_all_at_home(pipe)
+    # Within a budget: some stays, some goes, and blocks travel by themselves.
+    budget = cost.peak_bytes + nbytes_of(pipe) // 4 + 64 * 1024
+    greenroom.enable_model_cpu_offload(pipe, budget=budget)
+    gc.collect()
+    others = torch.sim.memory_allocated()  # what classes keep, and answers
+    assert torch.equal(run(case, pipe), expected)
+    with sim.measure() as cost:  # what a call works on is known now
+        assert torch.equal(run(case, pipe), expected)
+    assert cost.peak_bytes <= budget + others
+    greenroom.disable_model_cpu_offload(pipe)
+    assert_all_at_home(pipe, is_hooked=False)
+
+
+def components_of(pipe: Any) -> dict[str, nn.Module]:
+    return {
+        name: component
+        for name, component in pipe.components.items()
+        if isinstance(component, nn.Module) and name not in pipe._exclude_from_cpu_offload
+    }
+
+
+def nbytes_of(pipe: Any) -> int:
+    return sum(t.nbytes for module in components_of(pipe).values() for t in module.parameters())
+
+
+def assert_all_at_home(pipe: Any, *, is_hooked: bool = True) -> None:
+    for name, module in components_of(pipe).items():
+        if is_hooked:
             assert isinstance(module._hf_hook, (OffloadHook, CpuOffload))
-            held = [t.device.type for t in (*module.parameters(), *module.buffers())]
-            assert set(held) <= {"cpu"}, part
+        held = [t.device.type for t in (*module.parameters(), *module.buffers())]
+        assert set(held) <= {"cpu"}, name

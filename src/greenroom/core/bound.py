@@ -14,10 +14,17 @@ the steps j to p - 1; and B the bytes per second of the link:
 
     begin(p) >= end(a) + max over j in a+1..p of (D(a, j) / B + C(j, p))
 
-The bound is the longest chain of such stretches through the call, by way of some steps a where its
-phases begin and end. One stretch over the whole call is the familiar max(sum of C, bytes / B) +
-first fill; the chain also sees that what is copied in one phase does not hide under the compute of
-another one, beyond what fits on the device in between.
+Proof: when a is over, what is there fits in beside what a works on, and D(a, j) counts from the
+best that this can be. So those bytes pass the link after the end of a and before j begins, and the
+steps from j to p - 1 run after that, one by one. Stretches that follow on each other add up, as one
+ends where the next begins: any steps a may be chosen, and each choice gives a bound.
+
+The bound is the longest chain of such stretches through the call, by way of the steps where its
+phases begin and end, and of one long step of every round of a loop. One stretch over the whole
+call is the familiar max(sum of C, bytes / B) + first fill; the chain also sees that what is copied
+in one phase does not hide under the compute of another one, beyond what fits on the device in
+between; and that in a loop what is copied while a long step is at work has to fit in beside it, so
+that the link waits once that is there, and the device for what comes after it.
 
 A step holds what it needs, and the most that it works on, until it is over. What a copy takes
 besides its bytes is left out, and so is that weights move in parts: the best run may be slower.
@@ -25,15 +32,17 @@ besides its bytes is left out, and so is that weights move in parts: the best ru
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from heapq import heapify, heappop, heappush
 
 from .simulate import Costs
-from .trace import Step, phases
+from .trace import Phase, Step, phases
 
 _MOST_ANCHORS = 20
+_MOST_LONG = 4  # steps of a round
 _MOST_STEPS = 60_000  # that are walked through until calls in a row repeat themselves
 
 
@@ -76,29 +85,44 @@ def lower_bound(
         return Bound(0.0, 0.0, 0, 0.0)
     trace, rate = _Trace(steps, sizes, budget), costs.h2d_bytes_per_s
     compute_s = sum(trace.seconds)
-    reach = {a: trace.reach(a, rate) for a in _anchors(steps)}
+    reach = {a: trace.reach(a, rate, many) for a, many in _anchors(steps, trace, rate).items()}
     if start is Start.IN_A_ROW:
         nbytes = trace.moved_in_a_row()
         # From a step to the same one of the next call it is a whole call.
-        seconds = max(_to_the_next_call(reach, a, len(steps)) for a in reach)
+        whole = [a for a, earliest in reach.items() if len(earliest) > len(steps)]
+        seconds = max(_to_the_next_call(reach, a, len(steps)) for a in whole)
         return Bound(max(seconds, compute_s, nbytes / rate), compute_s, int(nbytes), 0.0)
-    moved = trace.moved(0, is_full=start is Start.RESTED)[:-1]
+    moved = trace.moved(0, len(steps), is_full=start is Start.RESTED)
     if start is Start.EMPTY:
         reach[0] = trace.reach_from_empty(moved, reach[0], rate)
     seconds = _to_the_end(reach, trace)
     return Bound(max(seconds, compute_s), compute_s, moved[-1], moved[0] / rate)
 
 
-def _anchors(steps: Sequence[Step]) -> list[int]:
-    """Where stretches begin: the ends of a phase and of its first and last round; some, of many."""
-    found = {0}
+def _anchors(steps: Sequence[Step], trace: _Trace, rate: float) -> dict[int, int]:
+    """Where stretches begin, and the most steps that are followed from there.
+
+    At the ends of a phase and of its first and last round (some of them, of many) all of a call; at
+    a long step of a round two rounds, which is beyond the same step of the next one.
+    """
+    ends = {0}
+    inside: dict[int, int] = {}
     for phase in phases(steps):
         second = phase.begin + phase.length
-        found |= {phase.begin, second - 1, phase.end - phase.length, phase.end - 1}
+        ends |= {phase.begin, second - 1, phase.end - phase.length, phase.end - 1}
         if phase.times > 1:
-            found.add(second)
-    every = -(-len(found) // _MOST_ANCHORS)
-    return sorted(found)[::every]
+            ends.add(second)
+            first = _longest_way_round(trace, phase, rate)
+            inside |= dict.fromkeys(range(first, phase.end, phase.length), 2 * phase.length)
+    every = -(-len(ends) // _MOST_ANCHORS)
+    return inside | dict.fromkeys(sorted(ends)[::every], len(steps))
+
+
+def _longest_way_round(trace: _Trace, phase: Phase, rate: float) -> int:
+    """The long step of a loop's first round from which a round takes longest."""
+    middle = phase.length * (phase.times // 2)
+    long = sorted(phase.cycle, key=lambda i: -trace.seconds[middle + i])[:_MOST_LONG]
+    return max(long, key=lambda i: trace.reach(middle + i, rate, phase.length)[-1])
 
 
 def _to_the_next_call(reach: Mapping[int, Sequence[float]], begin: int, count: int) -> float:
@@ -110,23 +134,19 @@ def _to_the_next_call(reach: Mapping[int, Sequence[float]], begin: int, count: i
 def _to_the_end(reach: Mapping[int, Sequence[float]], trace: _Trace) -> float:
     """The longest chain from the first step to the end of the last."""
     count = len(trace.seconds)
-    stops = sorted(reach)
-    begins = _chain(reach, stops, count)
     # The last step is over after it began; what a next call needs is none of this one's.
-    last = max(at + reach[a][count - 1 - a] for a, at in zip(stops, begins, strict=True))
-    return last + trace.seconds[-1]
+    return _chain(reach, sorted({*reach, count - 1}), count)[-1] + trace.seconds[-1]
 
 
 def _chain(reach: Mapping[int, Sequence[float]], stops: Sequence[int], count: int) -> list[float]:
     """When each of these steps begins at the earliest, counted from the first."""
-    begins = [0.0]
-    for i, stop in enumerate(stops[1:], start=1):
-        begins.append(
-            max(
-                at + reach[before % count][stop - before]
-                for before, at in zip(stops[:i], begins, strict=True)
-            )
-        )
+    begins = [reach[stops[0]][0]]
+    from_here = [(stops[0], 0.0, reach[stops[0]])]  # that reach the next stop
+    for stop in stops[1:]:
+        from_here = [stretch for stretch in from_here if stop - stretch[0] < len(stretch[2])]
+        begins.append(max(at + earliest[stop - a] for a, at, earliest in from_here))
+        if stop % count in reach:
+            from_here.append((stop, begins[-1], reach[stop % count]))
     return begins
 
 
@@ -140,7 +160,11 @@ class _Trace:
         self.seconds = [step.seconds or 0.0 for step in steps]
         self.rooms = [budget - (step.beside_nbytes or 0) for step in steps]
         self.uses: list[list[tuple[int, int]]] = []  # (part, steps until its next use)
-        upcoming = self._upcoming(parts, 0)
+        self._where: list[list[int]] = [[] for _ in numbers]  # each part is used
+        for i, used in enumerate(parts):
+            for part in used:
+                self._where[part].append(i)
+        upcoming = self._upcoming(0)
         for i in reversed(range(len(steps))):
             self.uses.append([])
             for part in parts[i]:
@@ -149,25 +173,23 @@ class _Trace:
             for part in parts[i]:
                 upcoming[part] = i
         self.uses.reverse()
-        self._parts = parts
 
-    def _upcoming(self, parts: Sequence[Sequence[int]], begin: int) -> list[int]:
+    def _upcoming(self, begin: int) -> list[int]:
         """The position of each part's first use from `begin` on."""
-        found = [-1] * len(self.sizes)
-        for i in range(begin, begin + len(parts)):
-            for part in parts[i % len(parts)]:
-                if found[part] < 0:
-                    found[part] = i
+        found = []
+        for where in self._where:
+            i = bisect_left(where, begin)
+            found.append(where[i] if i < len(where) else where[0] + len(self.seconds))
         return found
 
-    def moved(self, begin: int, *, is_full: bool) -> list[int]:
-        """The fewest bytes that have moved when each step from `begin` to the same again begins.
+    def moved(self, begin: int, many: int, *, is_full: bool) -> list[int]:
+        """The fewest bytes that have moved when each of so many steps from `begin` on begins.
 
         is_full: whether everything is there before the first, as far as there is room.
         """
         there = list(self.sizes) if is_full else [0] * len(self.sizes)
         totals, nbytes = [], 0
-        for missed in self._walk(there, begin, len(self.uses) + 1):
+        for missed in self._walk(there, begin, many):
             nbytes += missed
             totals.append(nbytes)
         return totals
@@ -191,7 +213,7 @@ class _Trace:
     def _walk(self, there: list[int], begin: int, many: int) -> Iterator[int]:
         """Bytes that so many steps miss. `there`: bytes of each part on the device, changed."""
         sizes, uses, rooms, count = self.sizes, self.uses, self.rooms, len(self.uses)
-        due = self._upcoming(self._parts, begin)
+        due = self._upcoming(begin)
         furthest = [(-due[part], part) for part, nbytes in enumerate(there) if nbytes]
         heapify(furthest)
         total = sum(there)
@@ -216,13 +238,13 @@ class _Trace:
                 heappush(furthest, (-due[part], part))
             yield missed
 
-    def reach(self, begin: int, rate: float) -> list[float]:
-        """When each step begins at the earliest, counted from when the one at `begin` does.
+    def reach(self, begin: int, rate: float, many: int) -> list[float]:
+        """When each of so many steps begins at the earliest, counted from when `begin` does.
 
-        The last value is for the same step of the next call.
+        Those of the next call follow on the last; the first value is for the one at `begin`.
         """
         earliest, over = [0.0], self.seconds[begin]
-        for i, nbytes in enumerate(self.moved(begin, is_full=True)[1:], start=begin):
+        for i, nbytes in enumerate(self.moved(begin, many + 1, is_full=True)[1:], start=begin):
             computed = earliest[-1] + self.seconds[i % len(self.seconds)]
             earliest.append(max(computed, over + nbytes / rate))
         return earliest

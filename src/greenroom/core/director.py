@@ -22,7 +22,7 @@ room, but the plan may also have given something up by then.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Set
 from typing import NamedTuple
@@ -77,6 +77,9 @@ class Director:
             for name in step.needs:
                 where[name].append(i)
         self._where: dict[str, list[int]] = dict(where)
+        self._opens = [i for i, step in enumerate(plan.steps) if step.opens]
+        self._drops = sorted(plan.drops)
+        self.is_quiet = False
 
     def begin_call(self) -> None:
         """The next step is the plan's first, again."""
@@ -88,7 +91,38 @@ class Director:
         self.pressed.clear()
 
     def begin(self, step: Step) -> Orders:
-        """A part is about to run."""
+        """A part is about to run.
+
+        If that makes the stay in a component a quiet one (`is_quiet`), its other steps need not be
+        told of: all it needs is there, and nothing comes or goes before the next one opens.
+        """
+        orders = self._begin(step)
+        self.is_quiet = orders is NOTHING and step.opens and self._stays_quiet(step)
+        return orders
+
+    def _stays_quiet(self, step: Step) -> bool:
+        """Whether nothing comes or goes before the next component's forward begins."""
+        steps, stay = self.plan.steps, self.stay
+        return (
+            not self._loose
+            and self.position >= 0
+            and steps[self.position].place == step.place
+            and stay.stop < len(steps)  # at the end of the call the next one's parts may come
+            and bisect_left(self._drops, stay.start) == bisect_left(self._drops, stay.stop)
+            and all(name in self.resident for i in stay for name in steps[i].needs)
+        )
+
+    @property
+    def stay(self) -> range:
+        """The steps from the last one told of until the next component's forward begins."""
+        following = bisect_right(self._opens, self.position)
+        is_last = following == len(self._opens)
+        return range(
+            max(0, self.position),
+            len(self.plan.steps) if is_last else self._opens[following],
+        )
+
+    def _begin(self, step: Step) -> Orders:
         needs, resident, before = step.needs, self.resident, self.position
         position = self._find(step)
         released = self._loosen(position, needs)
@@ -197,6 +231,10 @@ class Director:
     def _find(self, step: Step) -> int | None:
         """The step's position in the plan: the expected one, or the nearest that is like it."""
         steps, expected = self.plan.steps, self.position + 1
+        if self.is_quiet:  # nobody told of those in between
+            stay = self.stay
+            told = (i for i in stay if steps[i].place == step.place and not step.opens)
+            expected = next(told, stay.stop)
         if expected < len(steps):
             planned = steps[expected]
             if planned is step or planned.place == step.place:

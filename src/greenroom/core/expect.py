@@ -36,11 +36,23 @@ def rest_of_call(
 def _turn(done: Sequence[Step], begin: int, helpers: Set[str]) -> list[Step]:
     """A round of a loop that may follow: the stay from `begin` on, and its helpers' before it.
 
-    A ControlNet, which is outside the sequence, runs before each step of its UNet. What a call
-    works on grows as it goes on, as what components return is kept for others.
+    A ControlNet, which is outside the sequence, runs before each step of its UNet.
     """
     for span in reversed(list(visits(done[:begin]))):
         if done[span.start].part not in helpers:
             break
         begin = span.start
-    return [replace(step, beside_nbytes=2 * (step.beside_nbytes or 0)) for step in done[begin:]]
+    return [replace(s, beside_nbytes=and_more(s.beside_nbytes or 0)) for s in done[begin:]]
+
+
+def and_more(nbytes: int) -> int:
+    """What may be worked on in a turn if it was so much in the last one.
+
+    What a call works on grows as it goes on, as what components return is kept for others.
+    """
+    return nbytes + nbytes // 4
+
+
+def is_near(nbytes: int, expected: int) -> bool:
+    """Whether so much was worked on that the next turn's may be more than was expected."""
+    return nbytes + nbytes // 8 > expected

@@ -58,10 +58,20 @@ class Plan:
             return self.budget // 2 if self.unforeseen_room is None else self.unforeseen_room
         return self.rooms[self.of_step[position]]
 
-    def squeezed(self, room: int) -> Plan:
-        """The same with at most so many bytes for weights in every phase."""
-        rooms = tuple(min(room, before) for before in self.rooms)
+    def squeezed(self, room: int, *, at: int | None = None) -> Plan:
+        """The same with at most so many bytes for weights; in every phase, or in a position's."""
+        where = None if at is None else self.phase_at(at) % len(self.phases)
+        rooms = tuple(
+            min(room, before) if where in (None, i) else before
+            for i, before in enumerate(self.rooms)
+        )
         return replace(self, rooms=rooms, unforeseen_room=min(room, self.room(None)))
+
+    def narrowed(self, position: int, room: int) -> Plan:
+        """The same with at most so many bytes for weights in the phase of a step."""
+        which = self.of_step[position]
+        rooms = (*self.rooms[:which], min(room, self.rooms[which]), *self.rooms[which + 1 :])
+        return replace(self, rooms=rooms)
 
     def phase_at(self, position: int) -> int:
         """The number of the phase; those of the next call follow on this one's."""
@@ -138,7 +148,7 @@ def make_plan(
         for phase, room in zip(found, rooms, strict=True)
     ]
     short = [steps[i] for i in _folded(found)]
-    call = _Call(short, sizes, budget, phases(short), rooms, costs)
+    call = _Call(short, sizes, budget, _folded_phases(found), rooms, costs)
     within = frozenset(
         (i, offset, name)
         for i, (phase, flows) in enumerate(zip(found, streams, strict=True))
@@ -320,6 +330,15 @@ def _folded(found: Sequence[Phase]) -> list[int]:
         for phase in found
         for i in range(phase.begin, phase.begin + phase.length * min(phase.times, _rounds(phase)))
     ]
+
+
+def _folded_phases(found: Sequence[Phase]) -> list[Phase]:
+    """The same loops in that call; found anew they might be others, as fewer rounds look alike."""
+    folded: list[Phase] = []
+    for phase in found:
+        begin = folded[-1].end if folded else 0
+        folded.append(replace(phase, begin=begin, times=min(phase.times, _rounds(phase))))
+    return folded
 
 
 def _rounds(phase: Phase) -> int:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import weakref
 from typing import Any
 
 import torch
 
 from .transfer import Transfer
+
+#: Variables that say how torch's allocator works; the first is the older name.
+_ALLOCATOR_CONFIGS = (
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+)
+
+#: Seen on an H200: 110 MB within 12 GB where nothing streams, 230 MB within 4 GB where all does.
+_LAST_PAGES_NBYTES = 128 * 2**20
+_AT_EDGES = 0.03
 
 
 class Backend:
@@ -38,6 +50,33 @@ class Backend:
         """Give the allocator's cached memory back to the device."""
         if hasattr(self._module, "empty_cache"):
             self._module.empty_cache()
+
+    def unusable_nbytes(self, budget: int) -> int:
+        """Of what the allocator may hold, what no tensor can be in however much is needed.
+
+        A GPU's memory is mapped in pages of 20 MiB, and each stream has its own: each stream's last
+        one is partly empty, and so are those at the edges of what has left. The more comes and
+        goes, the more edges there are.
+        """
+        if self.device.type != "cuda":
+            return 0
+        return _LAST_PAGES_NBYTES + int(_AT_EDGES * budget)
+
+    def let_segments_grow(self) -> None:
+        """Have what is free for one size be free for every size, as far as the allocator can.
+
+        A budget counts what the allocator holds. Blocks that were each asked of the device by
+        themselves lie in pieces after a while: one that is freed serves only what is smaller. Where
+        the user has said how the allocator is to work, that holds.
+
+        See https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-cuda-alloc-conf,
+        "expandable_segments".
+        """
+        if self.device.type != "cuda" or any(name in os.environ for name in _ALLOCATOR_CONFIGS):
+            return
+        # Not known to every version and on every system.
+        with contextlib.suppress(AttributeError, RuntimeError, ValueError):
+            torch.cuda.memory._set_allocator_settings("expandable_segments:True")
 
     def is_busy(self) -> bool:
         """Whether the current stream still has work: the host may do something long meanwhile."""

@@ -1,12 +1,14 @@
 """Which runs of a component's modules can come and go by themselves.
 
-Nothing is known about any model: large modules are taken apart along their children, small
-neighbours travel together. What is in no run (parameters of the large modules themselves) lies
+Little is known about any model: large modules are taken apart along their children, small
+neighbours travel together. Neighbours are modules that run one after the other, which is how most
+were registered. What is in no run (parameters of the large modules themselves) lies
 beside the blocks, and is held as long as the component's forward runs.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,7 +30,7 @@ class Run:
 
 
 def runs_of(component: nn.Module, budget: int) -> list[Run]:
-    """The runs of a component, in the order in which they were registered; none if it is small."""
+    """The runs of a component, in the order in which they will run; none if it is small."""
     most = min(_MOST_BYTES, budget // _RUNS_IN_A_BUDGET)
     if nbytes_of(component) <= most:
         return []
@@ -55,8 +57,32 @@ def _units(module: nn.Module, name: str, most: int) -> Iterator[tuple[str, nn.Mo
         if nbytes_of(module) > 0:
             yield name, module
         return
-    for child_name, child in module.named_children():
+    for child_name, child in _children_of(module):
         yield from _units(child, f"{name}.{child_name}" if name else child_name, most)
+
+
+def _children_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Children in the order in which they run: as registered, but for diffusers' UNets.
+
+    Those run their middle before they go up, and in each block a resnet, an attention and so on in
+    turn (`CrossAttnUpBlock2D.forward`), whichever list was registered first.
+    """
+    children = dict(module.named_children())
+    order = list(children)
+    if "mid_block" in children and "up_blocks" in children:
+        order.remove("up_blocks")
+        order.insert(order.index("mid_block") + 1, "up_blocks")
+    lists = [name for name in _IN_TURN if isinstance(children.get(name), nn.ModuleList)]
+    if len(lists) < 2:
+        return [(name, children[name]) for name in order]
+    blocks = [
+        [(f"{name}.{i}", block) for i, block in children[name].named_children()] for name in lists
+    ]
+    in_turn = [block for turn in itertools.zip_longest(*blocks) for block in turn if block]
+    return [*in_turn, *((name, children[name]) for name in order if name not in lists)]
+
+
+_IN_TURN = ("resnets", "temp_convs", "attentions", "temp_attentions", "motion_modules")
 
 
 def _may_be_taken_apart(module: nn.Module) -> bool:

@@ -151,6 +151,15 @@ class Layout:
             for tensor in tensors
         )
 
+    def is_of(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether these tensors are the ones laid out here, of the same kind, wherever they lie."""
+        return len(tensors) == len(self.homes) and all(
+            (home := self.homes.get(id(tensor))) is not None
+            and home.tensor is tensor
+            and is_same_kind(tensor, home.master)
+            for tensor in tensors
+        )
+
     def has_in_other_dtypes(self, tensors: list[torch.Tensor]) -> bool:
         """Whether these are the tensors laid out here, some of them in another dtype."""
         pairs = [(t, self.homes.get(id(t))) for t in tensors]
@@ -206,6 +215,32 @@ def view_of(slab: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
                 flat.untyped_storage(), flat.storage_offset(), like.shape, like.stride()
             )
     return flat.as_strided(like.shape, like.stride(), flat.storage_offset())
+
+
+class Views:
+    """Views of what lies in segments on the device, as tensors' masters lie at home."""
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[int, torch.dtype], torch.Tensor] = {}
+
+    def of(self, home: Home) -> torch.Tensor:
+        """A master's place there."""
+        segment, master = home.segment, home.master
+        assert segment.device is not None
+        start = home.piece.offset + master.data_ptr() - home.piece.host.data_ptr()
+        elements, rest = divmod(start, master.element_size())
+        if rest or master.is_inference():
+            return view_of(segment.device, start, master)
+        key = id(segment), master.dtype
+        flat = self._flat.get(key)
+        if flat is None:
+            flat = self._flat[key] = segment.device.view(master.dtype)
+        return flat.as_strided(master.shape, master.stride(), elements)
+
+
+def is_still_at(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """As `is_same_place` of two that were, if nobody has changed one but by a cast."""
+    return tensor.data_ptr() == other.data_ptr() and tensor.dtype == other.dtype
 
 
 def is_same_kind(tensor: torch.Tensor, other: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ and `offload`.
 from __future__ import annotations
 
 import itertools
+import mmap
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,18 @@ from ..errors import WeightsError
 from .backend import Backend
 from .digest import digest_of, has_same_values
 from .labels import label
-from .layout import Home, Layout, Origin, Piece, Segment, is_same_kind, is_same_place, view_of
+from .layout import (
+    Home,
+    Layout,
+    Origin,
+    Piece,
+    Segment,
+    Views,
+    is_same_kind,
+    is_same_place,
+    is_still_at,
+    view_of,
+)
 from .opaque import Opaque, as_memory
 from .walk import Held, is_plain, version_of, walk, why_valueless
 
@@ -68,6 +80,9 @@ class WeightStore:
         self._coming: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # sent: version, copy
         self._mark: Any = None
         self._is_watched = True  # it may be changed unseen where it is: what arrives is noted
+        # Nobody else's code has run since the module's tensors were looked for, which takes longer
+        # than all else; and none but those that came were found when they left.
+        self._is_sure = self._is_sure_to_leave = False
         self.is_here = False  # the module uses the device's copy
         # Begun by `check`: the segments it looks at, and which of them differ (on the device); the
         # point at which the device has done with all of them if it looks at none.
@@ -114,7 +129,7 @@ class WeightStore:
                 tensor.data = tensor.data.to("cpu")  # somebody put it on another device
         movable = [tensor for tensor in movable if tensor.device.type == "cpu"]
         self._take_in_replaced(movable)
-        if not self._layout.fits(movable):
+        if not self._layout.fits(movable) and not self._takes_earlier_places(movable):
             if self._layout.has_in_other_dtypes(movable):
                 self._earlier, self._layout = self._layout, Layout.of(movable)
             else:
@@ -137,6 +152,22 @@ class WeightStore:
                 home.segment.digest_is_of = None
                 home.master.copy_(tensor)
                 tensor.data = home.master
+
+    def _takes_earlier_places(self, tensors: list[torch.Tensor]) -> bool:
+        """What was cast for its work, and back at home, lies where it did; whether that is so."""
+        earlier = self._earlier
+        if earlier is None or self.is_away or not earlier.is_of(tensors):
+            return False
+        for tensor in tensors:
+            home = earlier.homes[id(tensor)]
+            if is_same_place(tensor, home.master):
+                continue
+            if not has_same_values(tensor, home.master):
+                home.segment.digest_is_of = None
+                home.master.copy_(tensor)
+            tensor.data = home.master
+        self._layout, self._earlier = earlier, None
+        return True
 
     # ---- to the device
 
@@ -170,7 +201,10 @@ class WeightStore:
             as `onload`.
         """
         with label("onload", self.name), as_memory():
-            tensors = self.lay_out()
+            before = self._layout
+            tensors = self._tensors(is_watched)
+            if self._layout is before:
+                self._earlier = None  # its dtype has changed for good
             while settles and (segment := self.next_to_settle) is not None:
                 self.settle(segment)
             transfer = self.backend.transfer
@@ -188,7 +222,8 @@ class WeightStore:
                 self._mark = transfer.mark()
                 self.journey = (transfer.began, transfer.now())
                 homes = self._layout.homes
-                self._coming = [(t, version_of(t), self._on_device(homes[id(t)])) for t in tensors]
+                there = Views()
+                self._coming = [(t, version_of(t), there.of(homes[id(t)])) for t in tensors]
                 self._away = [
                     Opaque(held, self.backend.device)
                     for held in self._opaque
@@ -199,9 +234,24 @@ class WeightStore:
                 self._let_go()
                 raise
 
+    def _tensors(self, is_watched: bool) -> list[torch.Tensor]:
+        """What `lay_out` returns, which is only asked if something else may have come."""
+        homes = self._layout.homes.values()
+        if (
+            self._is_sure
+            and not is_watched
+            and not self._opaque
+            and all(is_still_at(home.tensor, home.master) for home in homes)
+        ):
+            return [home.tensor for home in homes]
+        tensors = self.lay_out()
+        self._is_sure = not is_watched
+        return tensors
+
     def arrive(self) -> None:
         """Let the module use what was sent; the current stream waits for it, not the host."""
-        if any(not is_same_place(t, self._layout.homes[id(t)].master) for t, _, _ in self._coming):
+        is_same = is_still_at if self._is_sure else is_same_place
+        if any(not is_same(t, self._layout.homes[id(t)].master) for t, _, _ in self._coming):
             self.offload()  # it was cast, or replaced, meanwhile: what was sent is of no use
             self.send()
         with as_memory():
@@ -213,10 +263,9 @@ class WeightStore:
                 if version_of(tensor) != version:  # it was changed at home meanwhile
                     sent.copy_(tensor.data)
                     changed[id(home.segment)] = home.segment
-                master = tensor.data
                 tensor.data = sent
                 self._residents.append(
-                    Resident(tensor, master, tensor.data, version_of(tensor), home.segment)
+                    Resident(tensor, home.master, sent, version_of(tensor), home.segment)
                 )
                 self.backend.resident[id(tensor)] = self
             self._coming = []
@@ -290,7 +339,8 @@ class WeightStore:
         self._check = None
 
     def forget_masters(self) -> None:
-        """From now on masters may be changed by anybody."""
+        """From now on masters may be changed by anybody, and the module itself."""
+        self._is_sure = self._is_sure_to_leave = False
         for segment in self.segments:
             segment.digest_is_of = None
             if segment.device is None:
@@ -300,6 +350,11 @@ class WeightStore:
     def is_away(self) -> bool:
         """Whether anything is on the device, or on its way."""
         return self.is_here or any(segment.device is not None for segment in self.segments)
+
+    @property
+    def was_cast(self) -> bool:
+        """Whether it is at home, and was laid out in another dtype when it last came or went."""
+        return self._earlier is not None and not self.is_away
 
     @property
     def is_as_it_came(self) -> bool:
@@ -337,10 +392,19 @@ class WeightStore:
         with label("offload", self.name), as_memory():
             if not self.is_here:  # nobody has used what is on its way
                 self._coming, self._away = [], []
-            residents = {id(resident.tensor): resident for resident in self._residents}
             for segment in self._changed_segments():
                 copied += segment.nbytes
                 self._bring_home(segment)
+            if self._is_sure_to_leave and all(
+                is_still_at(r.tensor, r.moved) for r in self._residents
+            ):
+                for left in self._residents:
+                    left.tensor.data = left.master
+                    self.backend.resident.pop(id(left.tensor), None)
+                self._residents.clear()
+                self._let_go()
+                return copied
+            residents = {id(resident.tensor): resident for resident in self._residents}
             seen: set[int] = set()
             for held in self._held():
                 tensor = held.tensor
@@ -352,6 +416,14 @@ class WeightStore:
                     tensor.data = resident.master
                 elif is_plain(tensor) and tensor.device.type != "cpu" and self._may_take(tensor):
                     copied += self._adopt(tensor, resident)
+            self._is_sure_to_leave = (
+                self._is_sure
+                and bool(residents)
+                and seen == residents.keys()
+                and copied == 0
+                and self._earlier is None
+                and not self._away
+            )
             for resident in self._residents:
                 # Tensors that the module no longer holds, but somebody else may: they are ours to
                 # bring home.
@@ -382,11 +454,9 @@ class WeightStore:
 
     def _go_back_to_earlier(self) -> None:
         """A component that was cast for its work, and back, is laid out as before it."""
-        earlier, self._earlier = self._earlier, None
-        if earlier is not None:
-            tensors = [home.tensor for home in earlier.homes.values()]
-            if earlier.fits(tensors):
-                self._layout = earlier
+        earlier = self._earlier
+        if earlier is not None and earlier.fits([home.tensor for home in earlier.homes.values()]):
+            self._layout, self._earlier = earlier, None
 
     def _changed_segments(self) -> list[Segment]:
         """What has to come home. The host waits until the device has done with it."""
@@ -551,14 +621,15 @@ def _is_known(segment: Segment, masters: object) -> bool:
     return masters is not None and segment.digest_is_of is masters and segment.digest is not None
 
 
-_PAGE = 4096  # bytes
 _LEAST_PAGED = 2**20
 
 
 def _host_slab(nbytes: int) -> torch.Tensor:
-    """Host memory of whole pages, unless it is small: pages are locked, and not twice."""
-    if nbytes < _LEAST_PAGED:
+    """Host memory of whole pages, unless it is small: pages are locked, and not twice.
+
+    Its storage begins where it does: torch asks there whether memory is page-locked.
+    """
+    if nbytes < _LEAST_PAGED or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.empty(nbytes, dtype=torch.uint8)
-    whole = torch.empty(-(-nbytes // _PAGE) * _PAGE + _PAGE, dtype=torch.uint8)
-    start = -whole.data_ptr() % _PAGE
-    return whole[start : start + nbytes]
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
