@@ -45,7 +45,7 @@ class Orders(NamedTuple):
     has_more_room: bool = False
 
 
-_NOTHING = Orders()
+NOTHING = Orders()
 _WORTH_A_PAUSE_S = 5e-3  # the pause is about 150 microseconds
 
 
@@ -97,7 +97,7 @@ class Director:
         told of: all it needs is there, and nothing comes or goes before the next one opens.
         """
         orders = self._begin(step)
-        self.is_quiet = orders is _NOTHING and step.opens and self._stays_quiet(step)
+        self.is_quiet = orders is NOTHING and step.opens and self._stays_quiet(step)
         return orders
 
     def _stays_quiet(self, step: Step) -> bool:
@@ -135,7 +135,8 @@ class Director:
             elif name in self._loose:
                 self._loose.discard(name)
                 self._stays(name)
-        room = self.plan.room(position)
+        plan = self.plan
+        room = plan.room(None) if position is None else plan.rooms[plan.of_step[position]]
         out: list[str] = []
         if self.resident_nbytes + coming > room:
             out = self._make_room(coming, room, needs, position)
@@ -143,12 +144,12 @@ class Director:
             self._join(name)
         if position is not None:
             self.position = position
-            if self._fresh and (self.plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
+            if self._fresh and (plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
                 self._fresh.clear()
             self._fetch_ahead(position, arrived, out, room)
         if not (out or arrived or released):
-            return _NOTHING
-        has_more_room = room > self.plan.room(before if before >= 0 else None)
+            return NOTHING
+        has_more_room = room > plan.room(before if before >= 0 else None)
         gone = set(out)
         stayed = gone.intersection(arrived)  # there is room for it after all
         if stayed:
@@ -240,8 +241,10 @@ class Director:
             stay = self.stay
             told = (i for i in stay if steps[i].place == step.place and not step.opens)
             expected = next(told, stay.stop)
-        if expected < len(steps) and steps[expected].place == step.place:
-            return expected
+        if expected < len(steps):
+            planned = steps[expected]
+            if planned is step or planned.place == step.place:
+                return expected
         self.deviations += 1
         where = [i for i in self._where.get(step.part, ()) if steps[i].place == step.place]
         if not where:
@@ -335,7 +338,7 @@ class Director:
         most: float = float("inf"),
     ) -> None:
         steps, resident, given_up = self.plan.steps, self.resident, self._loose
-        phases, count = self.plan.of_step, len(steps)
+        phases, sizes, count = self.plan.of_step, self.plan.sizes, len(steps)
         now = position if begin is None else begin
         phase = phases[now] if now < count else None
         ahead, end = max(self._horizon, position + 1), position + count
@@ -346,10 +349,10 @@ class Director:
             for name in steps[ahead if ahead < count else ahead - count].needs:
                 if name not in resident:
                     missing.append(name)
-                    coming += self._size(name)
+                    coming += sizes[name]
                 elif name in given_up:
                     loose.append(name)
-                    kept += self._size(name)
+                    kept += sizes[name]
             if not (missing or loose):
                 ahead += 1
                 continue

@@ -27,6 +27,7 @@ from .trace import Phase, Step, phases, sizes_of
 
 _RINGS = (1.0, 1.5, 2.0, 3.0, 4.0)  # times the largest streamed part
 _ENOUGH = 0.999  # what is less than a thousandth faster is not worth more traffic
+_SURELY_MORE = 1 + 1e-9  # sums of thousands of seconds in another order are off by less
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ class _Trials:
         self.best = _Drops(frozenset(), frozenset())
         self._least = (float("inf"), 0)  # seconds and bytes of a first call and of one after it
         self._is_ideal = False  # the device never waits
+        self._compute_s = 2 * sum(step.seconds or 0.0 for step in call.steps)
 
     def consider(self, drops: _Drops) -> bool:
         """Whether these are better than the best so far; they are the best then."""
@@ -207,10 +209,14 @@ class _Trials:
             return False
         self._seen.add(drops)
         self._left -= 2 * len(self._call.steps)
-        both = run(_plan(self._call, drops), self._call.costs, calls=2)
+        least, fewest = self._least
+        most_stalled_s = least * _SURELY_MORE - self._compute_s
+        plan = _plan(self._call, drops)
+        both = run(plan, self._call.costs, calls=2, most_stalled_s=most_stalled_s)
+        if len(both) < 2:
+            return False
         seconds = sum(call.seconds for call in both)
         nbytes = sum(call.h2d_nbytes for call in both)
-        least, fewest = self._least
         is_better = seconds < least * _ENOUGH or (seconds <= least and nbytes < fewest)
         if is_better:
             self.best, self._least = drops, (seconds, nbytes)

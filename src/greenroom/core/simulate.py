@@ -59,12 +59,25 @@ def simulate(plan: Plan, costs: Costs, *, calls: int = 1) -> Timeline:
     return run(plan, costs, calls=calls)[-1]
 
 
-def run(plan: Plan, costs: Costs, *, calls: int) -> list[Timeline]:
-    """Run a plan against the clock, some calls in a row, from an empty device."""
+def run(
+    plan: Plan, costs: Costs, *, calls: int, most_stalled_s: float = math.inf
+) -> list[Timeline]:
+    """Run a plan against the clock, some calls in a row, from an empty device.
+
+    Where the device waits longer than `most_stalled_s` in all of them, nobody wants to know by how
+    much: the call in which that shows is broken off, and the list ends before it.
+    """
     from .director import Director  # the very rules that the engine follows
 
     clock = _Clock(Director(plan), costs)
-    return [clock.call() for _ in range(calls)]
+    found: list[Timeline] = []
+    while len(found) < calls:
+        timeline = clock.call(most_stalled_s)
+        if timeline is None:
+            break
+        most_stalled_s -= timeline.stalled_s
+        found.append(timeline)
+    return found
 
 
 class _Clock:
@@ -87,42 +100,47 @@ class _Clock:
             self._moved += nbytes
         self._link = link
 
-    def call(self) -> Timeline:
+    def call(self, most_stalled_s: float) -> Timeline | None:
+        from .director import NOTHING
+
         director, plan = self._director, self._director.plan
         director.begin_call()
-        began = host = self._done
+        began = host = done = self._done
         compute = stalled = 0.0
         peak = self._moved = 0
         ends = []
         used: dict[str, float] = {}  # when the last step of each part is over
         ready, sizes, costs = self._ready, plan.sizes, self._costs
-        for step in plan.steps:
-            orders = director.begin(step)
-            start = before = self._done
-            for name in orders.offload:
-                over = used.get(name, began) + sizes[name] / costs.check_bytes_per_s
-                if over > host:
-                    host = over
-                if over + costs.pause_s > start:
-                    start = over + costs.pause_s
-            if orders.has_more_room and before > host:
-                host = before
-            if orders.onload:
-                self._send(orders.onload, host)
+        for step in plan.steps:  # thousands of times for each plan that is made
+            orders, needs, start = director.begin(step), step.needs, done
+            if orders is not NOTHING:
+                for name in orders.offload:
+                    over = used.get(name, began) + sizes[name] / costs.check_bytes_per_s
+                    if over > host:
+                        host = over
+                    if over + costs.pause_s > start:
+                        start = over + costs.pause_s
+                if orders.has_more_room and done > host:
+                    host = done
+                if orders.onload:
+                    self._send(orders.onload, host)
             taken = director.resident_nbytes + (step.beside_nbytes or 0)
             if taken > peak:
                 peak = taken
-            for name in step.needs:
+            for name in needs:
                 arrives = ready.get(name, 0.0)
                 if arrives > start:
                     start = arrives
             seconds = step.seconds or 0.0
-            stalled += start - before
+            stalled += start - done
+            if stalled > most_stalled_s:
+                return None
             compute += seconds
-            self._done = done = start + seconds
-            for name in step.needs:
+            done = start + seconds
+            for name in needs:
                 used[name] = done
             ends.append(done - began)
+        self._done = done
         self._send(director.end_call().onload, self._done)
         pressed = tuple(director.pressed)
         return Timeline(tuple(ends), compute, stalled, self._moved, peak, pressed)
