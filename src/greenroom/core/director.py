@@ -103,14 +103,16 @@ class Director:
     def _stays_quiet(self, step: Step) -> bool:
         """Whether nothing comes or goes before the next component's forward begins."""
         steps, stay = self.plan.steps, self.stay
-        return (
-            not self._loose
-            and self.position >= 0
-            and steps[self.position].place == step.place
-            and stay.stop < len(steps)  # at the end of the call the next one's parts may come
-            and bisect_left(self._drops, stay.start) == bisect_left(self._drops, stay.stop)
-            and all(name in self.resident for i in stay for name in steps[i].needs)
-        )
+        if (
+            self._fresh  # something may come as soon as it may go
+            or self.position < 0
+            or steps[self.position].place != step.place
+            or stay.stop == len(steps)  # at the end of the call the next one's parts may come
+            or bisect_left(self._drops, stay.start) != bisect_left(self._drops, stay.stop)
+        ):
+            return False
+        needs = {name for i in stay for name in steps[i].needs}
+        return needs <= self.resident.keys() and needs.isdisjoint(self._loose)
 
     @property
     def stay(self) -> range:

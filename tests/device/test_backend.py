@@ -1,0 +1,66 @@
+"""What differs between accelerators, where it can be told without one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import greenroom.sim  # noqa: F401
+from greenroom.device import backend as module
+from greenroom.device.backend import Backend
+
+
+class Streams:
+    """A device module with a current stream, which counts how often an object is made for it."""
+
+    def __init__(self) -> None:
+        self.raw, self.made = 7, 0
+
+    def current_stream(self, device: torch.device) -> Any:
+        self.made += 1
+        return SimpleNamespace(cuda_stream=self.raw)
+
+    def Event(self) -> None: ...
+
+
+def test_the_stream_is_asked_for_anew_only_when_it_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    streams = Streams()
+    backend = Backend(torch.device("sim", 0))
+    monkeypatch.setattr(backend, "_module", streams)
+    monkeypatch.setattr(backend, "_raw_stream", lambda index: streams.raw)
+    first = backend.current_stream()
+    assert backend.current_stream() is first and streams.made == 1
+    streams.raw = 9
+    assert backend.current_stream().cuda_stream == 9 and streams.made == 2
+    assert backend.current_stream().cuda_stream == 9 and streams.made == 2
+
+
+@pytest.mark.parametrize("name", module._ALLOCATOR_CONFIGS)
+def test_an_allocator_that_was_configured_is_left_alone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", asked.append, raising=False)
+    backend = Backend(torch.device("sim", 0))
+    backend.let_segments_grow()
+    assert asked == []  # it is no CUDA device
+    for known in module._ALLOCATOR_CONFIGS:
+        monkeypatch.delenv(known, raising=False)
+    monkeypatch.setattr(backend, "device", torch.device("cuda", 0))
+    backend.let_segments_grow()
+    assert asked == ["expandable_segments:True"]
+    monkeypatch.setenv(name, "max_split_size_mb:128")
+    backend.let_segments_grow()
+    assert len(asked) == 1
+
+
+def test_some_of_a_budget_is_left_for_pages_that_are_partly_empty() -> None:
+    backend = Backend(torch.device("sim", 0))
+    assert backend.unusable_nbytes(10**10) == 0
+    backend.device = torch.device("cuda", 0)
+    assert backend.unusable_nbytes(10**10) == 128 * 2**20 + 3 * 10**8
