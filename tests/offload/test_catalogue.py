@@ -58,7 +58,8 @@ def enable_and_run_twice(case: Case) -> None:
     assert torch.equal(run(case, pipe), expected)
     with sim.measure() as cost:  # what a call works on is known now
         assert torch.equal(run(case, pipe), expected)
-    assert cost.peak_bytes <= budget + others
+    # Parts of a few KB are as many allocations, each of whole 512 bytes.
+    assert cost.peak_bytes <= budget + others + 32 * 1024
     greenroom.disable_model_cpu_offload(pipe)
     assert_all_at_home(pipe, is_hooked=False)
 
