@@ -87,10 +87,11 @@ class Recording:
 
 
 class Timing:
-    """How long the steps of a call take that goes by its plan, as far as it is told of them.
+    """How long each stay in a component takes in a call that goes by its plan.
 
     The first call of its kind also loads kernels and sets libraries up, which is in its steps'
     times. Here what they wait for is in them; so the less of both is nearer to what they compute.
+    Only stays are timed: to read a time is not free, and there may be ten thousand steps.
     """
 
     def __init__(self, backend: Backend, key: Hashable, plan: Plan) -> None:
@@ -102,7 +103,7 @@ class Timing:
         self._is_over = False
 
     def begin(self, director: Director) -> None:
-        """A step begins; if another plan is followed by now, nothing is told."""
+        """A stay begins; if another plan is followed by now, nothing is told."""
         if director.plan is self.plan:
             self._points.append((director.position, self._backend.record_time()))
 

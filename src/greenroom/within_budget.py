@@ -382,7 +382,7 @@ class WithinBudget:
             self._recording.begin(step)
         else:
             self.is_quiet = director.is_quiet and not moves.waits_to_send
-            if self._timing is not None:
+            if enters and self._timing is not None:
                 self._timing.begin(director)
 
     def left(self, part: Part) -> None:
