@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -136,12 +137,29 @@ class Part:
     def _ring(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         if self._is_copy:
             return args, kwargs
-        if self.within is not None and self.within.is_quiet and self._is_here:
+        if self._is_left_alone(module):
             return self.bring(args), self.bring(kwargs)
         if self.within is None and not self._is_known(module):
             self.doors = (*self.doors, module)  # it is called by itself: maybe again
         self.engine.need(self.key, enters=id(module) in self._entrances)
         return self.bring(args), self.bring(kwargs)
+
+    def _is_left_alone(self, module: nn.Module) -> bool:
+        """Whether it runs in a quiet stay: it is there, and stays until that is over.
+
+        What was given up may be freed under its kernels, unless somebody says that it is needed;
+        who comes from another thread has to wait for his turn, and another component's entrance is
+        another stay.
+        """
+        within = self.within
+        return (
+            within is not None
+            and within.is_quiet
+            and self._is_here
+            and not self.store.is_checked
+            and id(module) not in self._entrances
+            and within.quiet_thread == threading.get_ident()
+        )
 
     def _is_known(self, module: nn.Module) -> bool:
         return id(module) in self._entrances or any(module is door for door in self.doors)
@@ -190,6 +208,7 @@ class Part:
     def trust(self) -> None:
         """Until `watch` nobody changes unseen what is sent from now on."""
         self.is_watched = False
+        self.store.forget_masters()
 
     def watch(self) -> None:
         """From now on anybody may change it."""
@@ -329,8 +348,7 @@ def input_embeddings_of(component: nn.Module) -> list[nn.Module]:
     found: dict[int, nn.Module] = {}
     for module in component.modules():
         get = getattr(module, "get_input_embeddings", None)
-        # Models without any raise an error.
-        with contextlib.suppress(NotImplementedError, AttributeError):
+        with contextlib.suppress(Exception):  # it may be somebody else's, and mean something else
             embedding = get() if callable(get) else None
             if isinstance(embedding, nn.Module):
                 found[id(embedding)] = embedding

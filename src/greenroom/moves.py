@@ -211,13 +211,15 @@ class Moves:
         self._outbox.clear()
         self._outbox.call_begins()  # what comes next, maybe much later, is another one
         failed: Exception | None = None
-        for part in self.in_order:
-            if part.store.is_away:
-                try:
-                    self.go_home(part.key)
-                except Exception as error:
-                    failed = error
-        self.recount()
+        try:
+            for part in self.in_order:
+                if part.store.is_away:
+                    try:
+                        self.go_home(part.key)
+                    except Exception as error:
+                        failed = error
+        finally:  # also if somebody presses Ctrl-C once more
+            self.recount()
         return failed
 
     def recount(self) -> None:

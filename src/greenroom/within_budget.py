@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -83,6 +84,7 @@ class WithinBudget:
         self._is_moving = False  # weights
         #: Nothing comes or goes while the component that runs does: its parts need not be told of.
         self.is_quiet = False
+        self.quiet_thread = 0  # in which it runs
         #: What is left for what was never measured; None where nobody foresees it.
         self._unmeasured_nbytes: int | None = None
         self._unpressed: Plan | None = None  # what is followed but for what a component works on
@@ -284,8 +286,10 @@ class WithinBudget:
         """Everything goes home, whoever may need it."""
         self._inside, self._now, self._recording = [], None, None
         self.is_quiet = False
-        failed = self._moves.send_all_home()
-        self._expect_changes()
+        try:
+            failed = self._moves.send_all_home()
+        finally:
+            self._expect_changes()
         if failed is not None:
             raise failed
 
@@ -382,6 +386,7 @@ class WithinBudget:
             self._recording.begin(step)
         else:
             self.is_quiet = director.is_quiet and not moves.waits_to_send
+            self.quiet_thread = threading.get_ident()
             if enters and self._timing is not None:
                 self._timing.begin(director)
 
@@ -470,8 +475,8 @@ class WithinBudget:
 
     def fail_call(self, error: BaseException) -> None:
         """The call has raised: everything goes home."""
-        if isinstance(error, torch.OutOfMemoryError):
-            self._was_refused()
+        if isinstance(error, torch.OutOfMemoryError) and not isinstance(error, DeviceOutOfMemory):
+            self._was_refused()  # else that is known, and everything was sent home since
         try:
             self.send_all_home()
         except Exception:  # what the call has raised matters more

@@ -141,6 +141,24 @@ def test_activations_that_nobody_knew_of_make_their_room() -> None:
         assert_sound(pipe)
 
 
+def test_a_call_that_is_refused_twice_is_limited_once() -> None:
+    expected = result(Small(blocks=8))
+    pipe = offloaded("1MiB", blocks=8)
+    for _ in range(3):
+        result(pipe)
+    fail_in(pipe.denoiser.blocks[4], times=2)
+    there = within_of(pipe).director.resident_nbytes  # type: ignore[union-attr]
+    with pytest.raises(greenroom.DeviceOutOfMemory):
+        result(pipe)
+    (limit,) = within_of(pipe).known._limits.values()
+    assert limit >= there  # not what is left when everything has gone home
+    with sim.measure():
+        assert torch.equal(result(pipe), expected)
+    with sim.measure() as cost:
+        assert torch.equal(result(pipe), expected)
+    assert cost.h2d_bytes < 6 * BLOCK_NBYTES  # not all of it, in each step
+
+
 def test_disabling_leaves_the_forwards_as_they_were() -> None:
     pipe = Small()
     before = [{**vars(m)} for c in vars(pipe).values() for m in c.modules()]

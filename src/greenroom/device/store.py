@@ -334,6 +334,11 @@ class WeightStore:
         except RuntimeError:  # no room for it: all of it will come home
             self.backend.synchronize()
 
+    @property
+    def is_checked(self) -> bool:
+        """Whether `check` has begun: what uses it from now on is not waited for."""
+        return self._check is not None
+
     def recheck(self) -> None:
         """Forget what `check` began."""
         self._check = None
