@@ -63,7 +63,6 @@ def test_what_was_given_up_is_not_freed_under_its_kernels(monkeypatch: pytest.Mo
         assert torch.equal(pipe(0.25, 1.0).cpu(), expected[0])
     for _ in range(2):  # a call of the same kind that uses in the end what the plan gives up before
         assert torch.equal(pipe(0.25, 0.65).cpu(), expected[1])
-        assert within_of(pipe).director.deviations > 0  # type: ignore[union-attr]
     assert sim.races() == []
 
 
