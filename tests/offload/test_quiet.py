@@ -117,10 +117,10 @@ def test_another_thread_waits_for_the_end_of_the_call_also_in_a_quiet_stay() -> 
 
     pipe.vae.decoder[3].register_forward_pre_hook(lambda *_: was_over.append(is_over.is_set()))
     pipe.denoiser.blocks[2].register_forward_pre_hook(begin)
+    pipe.last.register_forward_hook(lambda *_: is_over.set())
     thread = threading.Thread(target=decode)
     thread.start()
     again = pipe()
-    is_over.set()
     thread.join()
     assert torch.equal(again.cpu(), expected) and torch.equal(found[0], decoded)
     assert was_over[0] is False and was_over[1:] == [True]
