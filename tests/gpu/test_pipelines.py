@@ -36,8 +36,7 @@ def test_the_bits_are_those_of_the_resident_pipeline(name: str, device: torch.de
     resident = case.build().to(device)
     expected = on(device, case, resident)
     torch.cuda.reset_peak_memory_stats(device)
-    if not torch.equal(on(device, case, resident), expected):
-        pytest.skip("not even the resident pipeline gives the same bits twice")
+    repeats = torch.equal(on(device, case, resident), expected)
     beside = torch.cuda.max_memory_allocated(device)
     del resident
 
@@ -47,7 +46,11 @@ def test_the_bits_are_those_of_the_resident_pipeline(name: str, device: torch.de
     for budget in (None, nbytes // 2 + 2 * max(0, beside) + 2**20):
         greenroom.enable_model_cpu_offload(pipe, device=device, budget=budget)
         for _ in range(2):
-            assert torch.equal(on(device, case, pipe), expected), f"budget={budget}"
+            found = on(device, case, pipe)
+            assert found.shape == expected.shape
+            assert torch.equal(found, expected) or not repeats, f"budget={budget}"
     greenroom.disable_model_cpu_offload(pipe)
     held = {t.device.type for m in modules_of(pipe) for t in (*m.parameters(), *m.buffers())}
     assert held <= {"cpu"}
+    if not repeats:  # all else was checked
+        pytest.skip("not even the resident pipeline gives the same bits twice")

@@ -44,6 +44,23 @@ def has_same_values(tensor: torch.Tensor, master: torch.Tensor) -> bool:
     return bool(here == there)
 
 
+def is_cast_of(tensor: torch.Tensor, original: torch.Tensor) -> bool:
+    """Whether a tensor is another one in its own dtype; piece by piece, as room may be short."""
+    if not tensor.is_contiguous() or tensor.dtype == original.dtype:
+        pairs = [(tensor, original)]
+    else:
+        pairs = list(
+            zip(tensor.view(-1).split(_AT_ONCE), original.view(-1).split(_AT_ONCE), strict=True)
+        )
+    try:
+        return all(torch.equal(mine, theirs.to(mine.dtype)) for mine, theirs in pairs)
+    except torch.OutOfMemoryError:
+        return False  # nobody can tell: it is copied
+
+
+_AT_ONCE = 2**20  # elements
+
+
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's bytes, filled up with zeros to whole words."""
     nbytes = extent_of(tensor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -144,19 +145,19 @@ class Layout:
 
     def fits(self, tensors: list[torch.Tensor]) -> bool:
         """Whether these tensors are the ones laid out here, each using its master."""
-        return len(tensors) == len(self.homes) and all(
-            (home := self.homes.get(id(tensor))) is not None
-            and home.tensor is tensor
-            and is_same_place(tensor, home.master)
-            for tensor in tensors
-        )
+        return self._is_of(tensors, is_same_place)
 
     def is_of(self, tensors: list[torch.Tensor]) -> bool:
         """Whether these tensors are the ones laid out here, of the same kind, wherever they lie."""
+        return self._is_of(tensors, is_same_kind)
+
+    def _is_of(
+        self, tensors: list[torch.Tensor], is_same: Callable[[torch.Tensor, torch.Tensor], bool]
+    ) -> bool:
         return len(tensors) == len(self.homes) and all(
             (home := self.homes.get(id(tensor))) is not None
             and home.tensor is tensor
-            and is_same_kind(tensor, home.master)
+            and is_same(tensor, home.master)
             for tensor in tensors
         )
 

@@ -16,8 +16,6 @@ and `offload`.
 from __future__ import annotations
 
 import itertools
-import mmap
-import weakref
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +25,7 @@ from torch import nn
 
 from ..errors import WeightsError
 from .backend import Backend
-from .digest import digest_of, has_same_values
+from .digest import digest_of, has_same_values, is_cast_of
 from .labels import label
 from .layout import (
     Home,
@@ -39,9 +37,9 @@ from .layout import (
     is_same_kind,
     is_same_place,
     is_still_at,
-    view_of,
 )
 from .opaque import Opaque, as_memory
+from .slabs import host_slab, lock, unlock
 from .walk import Held, is_plain, version_of, walk, why_valueless
 
 
@@ -381,9 +379,7 @@ class WeightStore:
 
     def _on_device(self, home: Home) -> torch.Tensor:
         """A master's copy."""
-        assert home.segment.device is not None
-        start = home.piece.offset + home.master.data_ptr() - home.piece.host.data_ptr()
-        return view_of(home.segment.device, start, home.master)
+        return Views().of(home)
 
     # ---- home
 
@@ -510,7 +506,7 @@ class WeightStore:
             home is not None
             and home.segment.device is not None
             and (tensor.shape, tensor.stride()) == (home.master.shape, home.master.stride())
-            and _is_cast_of(tensor.data, self._on_device(home))
+            and is_cast_of(tensor.data, self._on_device(home))
         ):
             # It was cast on the device, and maybe back: so is what is at home.
             tensor.data = home.master.to(tensor.dtype)
@@ -541,21 +537,13 @@ class WeightStore:
         so that host memory does not grow by more than a segment.
         """
         with as_memory():
-            if segment.may_stay and self._pin(segment, segment.pieces[0].host):
+            if segment.may_stay and lock(segment, segment.pieces[0].host, self.backend):
                 segment.is_in_place = True
                 return
-            slab = _host_slab(segment.nbytes)
+            slab = host_slab(segment.nbytes)
             self._rehouse({id(p): slab[p.offset : p.offset + p.nbytes] for p in segment.pieces})
-            if not self._pin(segment, slab):
+            if not lock(segment, slab, self.backend):
                 segment.slab = slab
-
-    def _pin(self, segment: Segment, slab: torch.Tensor) -> bool:
-        if not self.backend.pin(slab):
-            return False
-        segment.slab = slab
-        segment.unpin = weakref.finalize(segment, self.backend.unpin, slab)
-        segment.unpin.atexit = False
-        return True
 
     def settle_all(self) -> None:
         """Settle every segment."""
@@ -571,7 +559,7 @@ class WeightStore:
                 if segment.slab is None:
                     continue
                 if segment.is_in_place:
-                    self._unpin(segment)
+                    unlock(segment)
                     continue
                 storages: dict[Origin, list[Piece]] = {}
                 for piece in segment.pieces:
@@ -586,13 +574,7 @@ class WeightStore:
                             for p in pieces
                         }
                     )
-                self._unpin(segment)
-
-    def _unpin(self, segment: Segment) -> None:
-        if segment.unpin is not None:
-            segment.unpin()
-        segment.slab = segment.unpin = None
-        segment.is_in_place = False
+                unlock(segment)
 
     def _rehouse(self, targets: dict[int, torch.Tensor]) -> None:
         """Move pieces (by id) of host memory to other bytes."""
@@ -604,37 +586,6 @@ class WeightStore:
             resident.master = moved.get(id(resident.tensor), resident.master)
 
 
-def _is_cast_of(tensor: torch.Tensor, original: torch.Tensor) -> bool:
-    """Whether a tensor is another one in its own dtype; piece by piece, as room may be short."""
-    if not tensor.is_contiguous() or tensor.dtype == original.dtype:
-        pairs = [(tensor, original)]
-    else:
-        pairs = list(
-            zip(tensor.view(-1).split(_AT_ONCE), original.view(-1).split(_AT_ONCE), strict=True)
-        )
-    try:
-        return all(torch.equal(mine, theirs.to(mine.dtype)) for mine, theirs in pairs)
-    except torch.OutOfMemoryError:
-        return False  # nobody can tell: it is copied
-
-
-_AT_ONCE = 2**20  # elements
-
-
 def _is_known(segment: Segment, masters: object) -> bool:
     """Whether the segment's digest was taken already, of the same masters."""
     return masters is not None and segment.digest_is_of is masters and segment.digest is not None
-
-
-_LEAST_PAGED = 2**20
-
-
-def _host_slab(nbytes: int) -> torch.Tensor:
-    """Host memory of whole pages, unless it is small: pages are locked, and not twice.
-
-    Its storage begins where it does: torch asks there whether memory is page-locked.
-    """
-    if nbytes < _LEAST_PAGED or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=torch.uint8)
