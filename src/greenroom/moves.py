@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from .core.director import Director, Orders
 from .device.reserve import Reserve
@@ -14,6 +17,8 @@ if TYPE_CHECKING:
     from .core.simulate import Costs
     from .device.backend import Backend
     from .hooks import Part
+
+logger = logging.getLogger("greenroom")
 
 
 class Moves:
@@ -99,6 +104,17 @@ class Moves:
             self.recount()
             raise
 
+    def send_while_busy(self, names: Iterable[str]) -> None:
+        """Send so many of these as the device has work for, and leave the rest."""
+        self._outbox.order(names)
+        try:
+            self._outbox.send_while_busy(self.masters)
+            self._reserve.note(self.there_nbytes)
+        except torch.OutOfMemoryError:
+            logger.debug("no room yet for what the next call begins with")
+        finally:
+            self.recount()
+
     def _keep_reserve(self, room: int, budget: int) -> None:
         """See Note [Two pools] in `device/reserve.py`."""
         director = self.director
@@ -180,8 +196,9 @@ class Moves:
         self._stream = stream
 
     def call_begins(self) -> None:
-        """What was ordered of the device before does not count."""
+        """What was ordered of the device before does not count, nor what its memory was for."""
         self._outbox.call_begins()
+        self._room = -1  # the last call's result has gone since, say
 
     # ---- home
 

@@ -72,6 +72,15 @@ class Outbox:
             self.send(self._unsent[0], masters)
         return is_any
 
+    def send_while_busy(self, masters: object) -> None:
+        """Send what was ordered part by part, until the device has nothing else to do."""
+        before = None
+        while self._unsent and self._backend.is_busy():
+            self.send(self._unsent[0], masters)
+            copied, before = before, self._flying[-1][0]
+            if copied is not None:  # two at a time keep the link busy
+                copied.synchronize()
+
     def send_ahead(self, masters: object, costs: Callable[[], Costs]) -> None:
         """Send so much of what was ordered that the link is busy as long as the device is.
 

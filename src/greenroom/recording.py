@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -78,6 +79,12 @@ class Recording:
         """The most that the last stay in a component took besides weights."""
         stay = self._entries[(self.opened(part) or [len(self._entries)])[-1] :]
         return max((entry.beside_nbytes for entry in stay), default=0)
+
+    def beside_of_last(self) -> int:
+        """The most that the last component took besides weights, since another one ran."""
+        last = self._entries[-1].step.needs[0]
+        stays = itertools.takewhile(lambda e: e.step.needs[0] == last, reversed(self._entries))
+        return max(entry.beside_nbytes for entry in stays)
 
     def steps(self) -> list[Step]:
         """What was measured. Waits until the device has done it all, but for no copies."""

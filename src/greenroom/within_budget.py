@@ -237,6 +237,7 @@ class WithinBudget:
         if is_as_planned:
             if self._recording is not None:
                 self._finish_record(self._recording)
+                self._begin_next(director, self._recording)
             self._send_replaced_home()  # the decoder, cast for its work, say
         if self._recording is not None:
             steps = self._recording.steps()
@@ -254,7 +255,9 @@ class WithinBudget:
             self.known.forget(self._key)
         for part in self._moves.parts:
             part.is_watched = True  # what is sent now is there when others may change it
-        orders = director.end_call(is_done=is_done) if is_as_planned else Orders()
+        result = self.engine.backend.allocated_bytes() - self._moves.ours_nbytes
+        room = self._usable_now - max(0, result - self._moves.outside_nbytes)
+        orders = director.end_call(is_done=is_done, room=room) if is_as_planned else Orders()
         try:
             self._moves.carry_out(orders, (), director.plan.room(0), self.budget)
             self._moves.send_all()
@@ -264,6 +267,17 @@ class WithinBudget:
             logger.warning("no room for what the next call begins with: everything goes home")
             self.send_all_home()
         self._expect_changes()
+
+    def _begin_next(self, director: Director, recording: Recording) -> None:
+        """While the device works on the rest of a first call, what the next one needs may come.
+
+        By the plan that was guessed, and with as much room as was measured: the next call's plan is
+        made when the device is done.
+        """
+        self._relax()
+        if self.engine.backend.is_busy():
+            ahead = director.look_ahead(self._usable_now - recording.beside_of_last())
+            self._moves.send_while_busy(ahead)
 
     def _warn_if_exceeded(self, steps: Sequence[Step]) -> None:
         most, step = largest_step(steps, self._before)

@@ -68,6 +68,10 @@ class Host:
         self.director.begin_call()
 
     def end_call(self) -> Orders:
+        beside = max((step.beside_nbytes or 0 for step in self.running), default=0)
+        ahead = self.director.look_ahead(self.budget - beside)
+        self.carry_out(Orders(onload=ahead), ())
+        self.check_room()  # while the device is still at work
         self.running.clear()
         orders = self.director.end_call()
         self.carry_out(orders, ())
@@ -388,6 +392,24 @@ def test_at_the_end_what_the_next_call_would_wait_for_comes() -> None:
     director.gone(["a", "b", "c", "d"])
     assert director.end_call().onload == ("a", "b", "c")
     assert run(director, steps)[0].onload == ("d",)
+
+
+def test_before_the_device_is_done_what_fits_beside_all_that_is_there_comes() -> None:
+    steps = [*letters("abc"), step("d", beside=20)]
+    director = Director(planned(steps, 40, {0: "a", 1: "b", 2: "c"}))
+    run(director, steps)
+    assert set(director.resident) == {"a", "d"}
+    assert director.look_ahead(20) == ()
+    assert director.look_ahead(30) == ("b",)
+    assert director.end_call() == Orders(onload=("c",))
+
+
+def test_at_the_end_there_is_room_for_what_the_call_returns() -> None:
+    steps = letters("abc")
+    director = Director(planned(steps, 30))
+    run(director, steps)
+    director.gone("abc")
+    assert director.end_call(room=20).onload == ("a", "b")
 
 
 def test_at_the_end_there_is_the_room_of_the_next_calls_first_step() -> None:

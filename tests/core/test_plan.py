@@ -170,6 +170,31 @@ def test_a_loop_that_does_not_fit_moves_what_does_not_fit_and_a_ring() -> None:
     assert timeline.peak_nbytes <= 101
 
 
+def stay(name: str, parts: int, seconds: float, beside: int = 0) -> list[Step]:
+    """A forward of a component with so many parts, each of which takes so long."""
+    inside = [Step(f"{name}{i}", (name,), seconds, beside) for i in range(parts)]
+    return [Step(name, (name,), seconds / 10, beside, opens=True), *inside]
+
+
+def test_what_slows_every_round_of_a_loop_is_not_kept_through_it() -> None:
+    # The encoder's three parts are a quarter of what there is for copies on their way.
+    steps = [*stay("encoder", 3, 0.5), *stay("loop", 110, 2.5) * 20, *stay("decoder", 0, 50.0)]
+    sizes = {name: 2 for step in steps for name in step.needs}
+    costs = Costs(h2d_bytes_per_s=1.0, copy_s=0.0)
+    timeline = simulate(make_plan(steps, sizes, 80, costs), costs, calls=3)
+    assert timeline.seconds < 1.001 * timeline.compute_s
+
+
+def test_what_only_the_first_call_leaves_there_does_not_count() -> None:
+    # After a first call the encoder is there for the next one, and then gives way to the others.
+    steps = [*stay("encoder", 11, 0.01), *stay("expert", 20, 2.0) * 2, *stay("other", 20, 2.0) * 2]
+    steps += stay("decoder", 0, 1000.0, beside=4)
+    sizes = {name: 1 for step in steps for name in step.needs}
+    costs = Costs(h2d_bytes_per_s=1.0, copy_s=0.0)
+    calls = run(make_plan(steps, sizes, 38, costs), costs, calls=5)
+    assert all(call.stalled_s < 0.1 for call in calls[1:])
+
+
 def test_phases_fold_loops() -> None:
     first, _ = a_loop(3, 1, 1.0, 1)
     other = [Step("other", ("other",), opens=True)]

@@ -157,8 +157,8 @@ def noted() -> Iterator[Orderly]:
         return orders
 
     @functools.wraps(end_call)
-    def noted_end_call(self: Director, *, is_done: bool = True) -> Orders:
-        orders = end_call(self, is_done=is_done)
+    def noted_end_call(self: Director, **how: Any) -> Orders:
+        orders = end_call(self, **how)
         orderly.note("(end)", orders)
         return orders
 

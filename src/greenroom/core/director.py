@@ -162,21 +162,40 @@ class Director:
             released = [name for name in released if name not in gone]
         return Orders(tuple(out), tuple(arrived), tuple(released), has_more_room)
 
-    def end_call(self, *, is_done: bool = True) -> Orders:
+    def end_call(self, *, is_done: bool = True, room: int | None = None) -> Orders:
         """The call is over; what the next one begins with may come already.
 
-        If it `is_done`: as long as the device still works on it, somebody may wait for its result,
-        and should not wait for weights as well.
+        Args:
+            is_done: as long as the device still works on it, somebody may wait for its result, and
+                should not wait for weights as well.
+            room: bytes for weights beside that result; None if it takes nothing.
         """
-        last = len(self.plan.steps) - 1
+        last = self.position
         arrived: list[str] = []
         out: list[str] = []
-        if self.position == last >= 0:  # it was not cut short, and did not end elsewhere
+        if self.is_at_end:
             self._loosen(last + 1, ())
             self._fresh.clear()  # the host has seen the end of the call
-            room, urgent = self.plan.room(0), self._urgent_nbytes() if is_done else 0.0
+            most, urgent = self.plan.room(0), self._urgent_nbytes() if is_done else 0.0
+            room = most if room is None else min(most, room)
             self._fetch_ahead(last, arrived, out, room, begin=last + 1, most=urgent)
         return Orders(tuple(out), tuple(arrived))  # none is in both: nothing is given up by force
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the plan's last step has begun: the call was not cut short, nor elsewhere."""
+        return self.position == len(self.plan.steps) - 1 >= 0
+
+    def look_ahead(self, room: int) -> tuple[str, ...]:
+        """The call is over for the host alone; what the next one begins with may come already.
+
+        Within `room` bytes, beside all that is there: nothing can leave before the device is done.
+        """
+        arrived: list[str] = []
+        if self.is_at_end:
+            self._fresh = set(self._loose)
+            self._fetch_ahead(self.position, arrived, [], room, begin=self.position + 1)
+        return tuple(arrived)
 
     def press(self, room: int, needs: Set[str]) -> Orders:
         """No more than `room` bytes are left for weights, until another plan is followed.

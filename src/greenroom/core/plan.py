@@ -149,12 +149,13 @@ def make_plan(
     ]
     short = [steps[i] for i in _folded(found)]
     call = _Call(short, sizes, budget, _folded_phases(found), rooms, costs)
+    worth = _worth(found)
     within = frozenset(
         (i, offset, name)
         for i, (phase, flows) in enumerate(zip(found, streams, strict=True))
         for offset, name in _ends(steps, phase, flows)
     )
-    trials = _Trials(call)
+    trials = _Trials(call, worth)
     is_measured = _is_measured(short)
     for weighing in _WEIGHINGS if is_measured and len(found) > 1 else _WEIGHINGS[:1] * bool(found):
         spare = _spare(call, streams, weighing.share)
@@ -194,35 +195,41 @@ class _Call:
 class _Trials:
     """Tries what may be given up in a call whose loops go round a few times, and keeps the best."""
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: _Call, worth: Sequence[int]) -> None:
+        """Of a call of which each step stands for so many."""
         self._call = call
+        self._worth = worth
         self._left = _MOST_STEPS
         self._seen: set[_Drops] = set()
         self.best = _Drops(frozenset(), frozenset())
-        self._least = (float("inf"), 0)  # seconds and bytes of a first call and of one after it
+        self._least_s = float("inf")  # of a first call and of those after it
+        self._fewest = (0, 0)  # bytes in these, and parts of which nothing said that they had to go
         self._is_ideal = False  # the device never waits
-        self._compute_s = 2 * sum(step.seconds or 0.0 for step in call.steps)
+        self._compute_s = sum(
+            (step.seconds or 0.0) * n for step, n in zip(call.steps, worth, strict=True)
+        )
 
     def consider(self, drops: _Drops) -> bool:
         """Whether these are better than the best so far; they are the best then."""
         if self._is_ideal or self._left <= 0 or drops in self._seen:
             return False
         self._seen.add(drops)
-        self._left -= 2 * len(self._call.steps)
-        least, fewest = self._least
-        most_stalled_s = least * _SURELY_MORE - self._compute_s
-        plan = _plan(self._call, drops)
-        both = run(plan, self._call.costs, calls=2, most_stalled_s=most_stalled_s)
-        if len(both) < 2:
+        self._left -= _CALLS * len(self._call.steps)
+        most_stalled_s = self._least_s * _SURELY_MORE - _CALLS * self._compute_s
+        plan, costs = _plan(self._call, drops), self._call.costs
+        calls = run(plan, costs, calls=_CALLS, most_stalled_s=most_stalled_s, worth=self._worth)
+        if len(calls) < _CALLS:
             return False
-        seconds = sum(call.seconds for call in both)
-        nbytes = sum(call.h2d_nbytes for call in both)
-        is_better = seconds < least * _ENOUGH or (seconds <= least and nbytes < fewest)
+        seconds = sum(self._compute_s + call.stalled_s for call in calls)
+        few = sum(call.h2d_nbytes for call in calls), sum(len(call.pressed) for call in calls)
+        is_better = seconds < self._least_s * _ENOUGH or (
+            seconds <= self._least_s and few < self._fewest
+        )
         if is_better:
-            self.best, self._least = drops, (seconds, nbytes)
-            self._is_ideal = both[1].seconds * _ENOUGH <= both[1].compute_s
+            self.best, self._least_s, self._fewest = drops, seconds, few
+            self._is_ideal = calls[-1].stalled_s <= (1 / _ENOUGH - 1) * self._compute_s
             # What has to go anyway is better given up as soon as its last step is over.
-            self.consider(self._with(drops, both[1].pressed))
+            self.consider(self._with(drops, calls[-1].pressed))
         return is_better
 
     def _with(self, drops: _Drops, pressed: Iterable[tuple[int, str]]) -> _Drops:
@@ -257,6 +264,8 @@ class _Trials:
 
 
 _MOST_STEPS = 9_000  # to simulate: a tenth of a second
+_ROUNDS = 3  # of a loop, until those in between are known
+_CALLS = 3  # in a row, until they are alike
 _LONG = 100  # steps
 
 
@@ -328,7 +337,7 @@ def _folded(found: Sequence[Phase]) -> list[int]:
     return [
         i
         for phase in found
-        for i in range(phase.begin, phase.begin + phase.length * min(phase.times, _rounds(phase)))
+        for i in range(phase.begin, phase.begin + phase.length * min(phase.times, _ROUNDS))
     ]
 
 
@@ -337,13 +346,23 @@ def _folded_phases(found: Sequence[Phase]) -> list[Phase]:
     folded: list[Phase] = []
     for phase in found:
         begin = folded[-1].end if folded else 0
-        folded.append(replace(phase, begin=begin, times=min(phase.times, _rounds(phase))))
+        folded.append(replace(phase, begin=begin, times=min(phase.times, _ROUNDS)))
     return folded
 
 
-def _rounds(phase: Phase) -> int:
-    """How often a loop goes round until all rounds but the last are alike."""
-    return 3 if phase.length < _LONG else 2
+def _worth(found: Sequence[Phase]) -> list[int]:
+    """How many steps of a call each one of the folded call stands for.
+
+    A loop's first round begins with what came before, and its last one ends with what comes next.
+    Those in between are like the second one.
+    """
+    worth: list[int] = []
+    for phase in found:
+        rounds = [1] * min(phase.times, _ROUNDS)
+        if phase.times > _ROUNDS:
+            rounds[1] += phase.times - _ROUNDS
+        worth += [n for n in rounds for _ in range(phase.length)]
+    return worth
 
 
 def _room(

@@ -8,8 +8,9 @@ before it is over and what it needs has arrived.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,19 +61,27 @@ def simulate(plan: Plan, costs: Costs, *, calls: int = 1) -> Timeline:
 
 
 def run(
-    plan: Plan, costs: Costs, *, calls: int, most_stalled_s: float = math.inf
+    plan: Plan,
+    costs: Costs,
+    *,
+    calls: int,
+    most_stalled_s: float = math.inf,
+    worth: Sequence[int] | None = None,
 ) -> list[Timeline]:
     """Run a plan against the clock, some calls in a row, from an empty device.
 
     Where the device waits longer than `most_stalled_s` in all of them, nobody wants to know by how
     much: the call in which that shows is broken off, and the list ends before it.
+
+    Where each step stands for more than one, `worth` says for how many: what the device waits for
+    it, and what is sent before it, counts as often.
     """
     from .director import Director  # the very rules that the engine follows
 
     clock = _Clock(Director(plan), costs)
     found: list[Timeline] = []
     while len(found) < calls:
-        timeline = clock.call(most_stalled_s)
+        timeline = clock.call(most_stalled_s, worth or itertools.repeat(1))
         if timeline is None:
             break
         most_stalled_s -= timeline.stalled_s
@@ -91,16 +100,18 @@ class _Clock:
         self._ready: dict[str, float] = {}
         self._moved = 0
 
-    def _send(self, names: Iterable[str], host: float) -> None:
+    def _send(self, names: Iterable[str], host: float) -> int:
+        moved = 0
         sizes, costs, link = self._director.plan.sizes, self._costs, self._link
         for name in names:
             nbytes = sizes[name]
             link = (link if link > host else host) + costs.copy_s + nbytes / costs.h2d_bytes_per_s
             self._ready[name] = link
-            self._moved += nbytes
+            moved += nbytes
         self._link = link
+        return moved
 
-    def call(self, most_stalled_s: float) -> Timeline | None:
+    def call(self, most_stalled_s: float, worth: Iterable[int]) -> Timeline | None:
         from .director import NOTHING
 
         director, plan = self._director, self._director.plan
@@ -111,7 +122,8 @@ class _Clock:
         ends = []
         used: dict[str, float] = {}  # when the last step of each part is over
         ready, sizes, costs = self._ready, plan.sizes, self._costs
-        for step in plan.steps:  # thousands of times for each plan that is made
+        # Thousands of times for each plan that is made.
+        for step, many in zip(plan.steps, worth, strict=False):
             orders, needs, start = director.begin(step), step.needs, done
             if orders is not NOTHING:
                 for name in orders.offload:
@@ -123,7 +135,7 @@ class _Clock:
                 if orders.has_more_room and done > host:
                     host = done
                 if orders.onload:
-                    self._send(orders.onload, host)
+                    self._moved += many * self._send(orders.onload, host)
             taken = director.resident_nbytes + (step.beside_nbytes or 0)
             if taken > peak:
                 peak = taken
@@ -132,7 +144,7 @@ class _Clock:
                 if arrives > start:
                     start = arrives
             seconds = step.seconds or 0.0
-            stalled += start - done
+            stalled += (start - done) * many
             if stalled > most_stalled_s:
                 return None
             compute += seconds
@@ -141,6 +153,6 @@ class _Clock:
                 used[name] = done
             ends.append(done - began)
         self._done = done
-        self._send(director.end_call().onload, self._done)
+        self._moved += self._send(director.end_call().onload, self._done)
         pressed = tuple(director.pressed)
         return Timeline(tuple(ends), compute, stalled, self._moved, peak, pressed)
