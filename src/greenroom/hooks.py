@@ -154,11 +154,11 @@ class Part:
         within = self.within
         return (
             within is not None
-            and within.is_quiet
+            and within.quiet_in is not None
             and self._is_here
             and not self.store.is_checked
             and id(module) not in self._entrances
-            and within.quiet_thread == threading.get_ident()
+            and within.quiet_in == threading.get_ident()
         )
 
     def _is_known(self, module: nn.Module) -> bool:

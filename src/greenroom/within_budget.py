@@ -1,9 +1,8 @@
-"""Runs pipelines within a budget: records steps, has them planned, and carries out the orders.
+"""Runs pipelines within a budget: has the director say what comes and goes, and does it.
 
 The first call with new arguments is recorded: what runs after what, how long the device computes
-for it, and how much memory it takes besides weights. Times are read from events of the device.
-After the first stay in each component the rest of the call is planned anew, with what was measured;
-after the call, the next one like it is planned whole.
+for it, and how much memory it takes besides weights (see `first_call.py`). After it, the next one
+like it is planned whole.
 """
 
 from __future__ import annotations
@@ -12,30 +11,22 @@ import contextlib
 import logging
 import threading
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
-from .activations import ActivationWatch, is_compiled
 from .core.director import Director, Orders
-from .core.expect import and_more, is_near, rest_of_call
-from .core.plan import Plan, make_plan
+from .core.plan import Plan
 from .core.trace import Step, step_of
 from .core.units import format_bytes
 from .errors import DeviceOutOfMemory
-from .grant import (
-    ACTIVATION_PARTS,
-    AUTO,
-    Budget,
-    free_now,
-    largest_step,
-    smallest_for,
-)
+from .first_call import FirstCall
+from .grant import AUTO, Budget, free_now, largest_step, smallest_for
 from .known_calls import KnownCalls
 from .moves import Moves
-from .recording import Recording, Timing
+from .recording import Timing
 from .second_try import refusal_of
 
 if TYPE_CHECKING:
@@ -71,23 +62,18 @@ class WithinBudget:
         self._moves = Moves(engine.backend, engine.part, engine.is_known, self.known.costs)
         self._kept: KeptTrace | None = None  # of the call that goes on
         self._before: Mapping[str, int] = {}  # bytes of all parts when the call began
-        self._cast: dict[str, int] = {}  # seen while a call is learned: bytes after it
         self._to_be_cast: list[str] = []
         self._key: Hashable = None
         self._prior: list[Step] = []
         self._inside: list[str] = []  # components whose forwards run: what lies beside their blocks
         self._now: Step | None = None
         self._is_watched = False
-        self._recording: Recording | None = None  # while a call is learned
+        self._first: FirstCall | None = None  # while a call is learned
         self._timing: Timing | None = None  # of the last call that went by a new plan
-        self._foresees = False  # what a component works on, while it runs first
         self._is_moving = False  # weights
-        #: Nothing comes or goes while the component that runs does: its parts need not be told of.
-        self.is_quiet = False
-        self.quiet_thread = 0  # in which it runs
-        #: What is left for what was never measured; None where nobody foresees it.
-        self._unmeasured_nbytes: int | None = None
-        self._unpressed: Plan | None = None  # what is followed but for what a component works on
+        #: The thread of a component while which runs nothing comes or goes: its parts need not be
+        #: told of. None if something may, or none runs.
+        self.quiet_in: int | None = None
         self._refused_at = 0  # bytes that were allocated when the device refused last
         self._unsqueezed: Plan | None = None  # what is followed but for a refusal
 
@@ -153,10 +139,10 @@ class WithinBudget:
                 change them.
             kept: what another process may have learned of calls like it.
         """
-        self._is_watched, self.is_quiet = is_watched, False
+        self._is_watched, self.quiet_in = is_watched, None
         self._moves.masters = None if is_watched else object()
         self._inside, self._now, self._key = [], None, key
-        self._unsqueezed = self._unpressed = None
+        self._unsqueezed = None
         self._refused_at = 0
         self._prior = list(prior)
         self._take_in_what_others_did()
@@ -174,13 +160,19 @@ class WithinBudget:
         plan = self.known.plan(key, self._before, self.budget, kept)
         if plan is not None and self.known.is_to_be_timed(key):
             self._timing = Timing(self.engine.backend, key, plan)
-        self._recording = Recording(self.engine.backend) if plan is None else None
-        self._cast = {}
+        self._first = None
         if plan is None:
-            modules = [module for part in self._moves.parts for module in part.modules]
-            is_seen = key is not None and not any(map(is_compiled, modules))
-            self._unmeasured_nbytes = self.budget // ACTIVATION_PARTS if is_seen else None
-            plan = self._guess(self._prior)
+            self._first = FirstCall(
+                self.engine,
+                self._moves,
+                budget=self.budget,
+                usable=self._usable_now,
+                costs=self.known.costs,
+                prior=self._prior,
+                at_work=self._needs_at_work,
+                foresees=key is not None,
+            )
+            plan = self._first.guess(self._prior)
         director = self.director
         if director is None:
             director = self._moves.director = Director(plan, lambda: self._moves.sizes)
@@ -231,23 +223,21 @@ class WithinBudget:
         director = self.director
         if director is None:
             return
-        self._inside, self._now, self.is_quiet = [], None, False
+        self._inside, self._now, self.quiet_in = [], None, None
         is_done = not self.engine.backend.is_busy()
-        is_as_planned = self._recording is not None or not director.deviations
+        first, self._first = self._first, None
+        is_as_planned = first is not None or not director.deviations
+        if first is not None:
+            first.begin_next()
         if is_as_planned:
-            if self._recording is not None:
-                self._finish_record(self._recording)
-                self._begin_next(director, self._recording)
             self._send_replaced_home()  # the decoder, cast for its work, say
-        if self._recording is not None:
-            steps = self._recording.steps()
-            self._recording = None
+        if first is not None:
+            plan = first.plan_next()
             self.engine.backend.restore_peak()
-            plan = make_plan(steps, self._sizes_at_work(), self._usable_now, self.known.costs())
             self.known.learn(self._key, plan, self._before, self._kept)
-            self._warn_if_exceeded(steps)
+            self._warn_if_exceeded(plan.steps)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)
-            director.follow(plan, at=len(steps) - 1)
+            director.follow(plan, at=len(plan.steps) - 1)
         elif is_as_planned and self._timing is not None:
             self._timing.end(director)
         elif not is_as_planned and not self._refused_at:
@@ -268,17 +258,6 @@ class WithinBudget:
             self.send_all_home()
         self._expect_changes()
 
-    def _begin_next(self, director: Director, recording: Recording) -> None:
-        """While the device works on the rest of a first call, what the next one needs may come.
-
-        By the plan that was guessed, and with as much room as was measured: the next call's plan is
-        made when the device is done.
-        """
-        self._relax()
-        if self.engine.backend.is_busy():
-            ahead = director.look_ahead(self._usable_now - recording.beside_of_last())
-            self._moves.send_while_busy(ahead)
-
     def _warn_if_exceeded(self, steps: Sequence[Step]) -> None:
         most, step = largest_step(steps, self._before)
         if step is not None and most > self.budget:
@@ -298,8 +277,8 @@ class WithinBudget:
 
     def send_all_home(self) -> None:
         """Everything goes home, whoever may need it."""
-        self._inside, self._now, self._recording = [], None, None
-        self.is_quiet = False
+        self._inside, self._now, self._first = [], None, None
+        self.quiet_in = None
         try:
             failed = self._moves.send_all_home()
         finally:
@@ -317,19 +296,19 @@ class WithinBudget:
         if not goes_on:
             self.send_all_home()
             return
-        if self._recording is not None:
-            self._finish_record(self._recording)
+        if self._first is not None:
+            self._first.end_step()
         self._send_home_but(())
 
     def raised(self, part: Part) -> None:
         """A forward of the component has raised: it does not run any more."""
-        self.is_quiet = False
+        self.quiet_in = None
         if part.key in self._inside:
             del self._inside[self._inside.index(part.key) :]
 
     def send_home(self, part: Part) -> None:
         """A part goes home, whoever may need it."""
-        self._now, self.is_quiet = None, False
+        self._now, self.quiet_in = None, None
         self._interrupt()
         if part.key in self._inside:
             self._inside.remove(part.key)
@@ -343,7 +322,7 @@ class WithinBudget:
 
     def need(self, part: Part, *, enters: bool) -> None:
         """A part is about to run."""
-        self._is_moving, self.is_quiet = True, False
+        self._is_moving, self.quiet_in = True, None
         try:
             self._need(part, enters=enters)
         finally:
@@ -364,24 +343,25 @@ class WithinBudget:
         if part.has_entrances and now is not None and now.part == part.key:
             return  # through another of its doors, one after the other
         step = step_of(part.key, self._held(part), enters)
-        if self._recording is not None:
-            self._finish_record(self._recording)
+        if self._first is not None:
+            self._first.end_step()
         if moves.director is None:  # no pipeline's call, which would end: nothing is learned
             self.begin_call(None, [], is_watched=True)
-            self._recording = moves.masters = None
+            self._first = moves.masters = None
             if enters:
                 self._inside.append(part.key)
         director = moves.director
         assert director is not None
         if self._inside == [part.key]:  # what the one before it worked on is gone
-            self._relax()
+            if self._first is not None:
+                self._first.relax()
             self._send_cast_home(part)
         orders = director.begin(step)
         is_noted = log.needs(
             step,
             bool(orders.offload or orders.onload),
-            self._recording is not None,
-            self._expected_beside(),
+            self._first is not None,
+            director.expected_beside,
             moves.step_ends(),
         )
         try:
@@ -395,18 +375,17 @@ class WithinBudget:
         if is_noted:
             log.runs()
         self._now = step
-        if self._recording is not None:
-            self._note_casts(step.needs)
-            self._recording.begin(step)
+        if self._first is not None:
+            self._first.begin_step(step)
         else:
-            self.is_quiet = director.is_quiet and not moves.waits_to_send
-            self.quiet_thread = threading.get_ident()
+            if director.is_quiet and not moves.waits_to_send:
+                self.quiet_in = threading.get_ident()
             if enters and self._timing is not None:
                 self._timing.begin(director)
 
     def left(self, part: Part) -> None:
         """A component's forward has returned: its weights are for others to see."""
-        self._is_moving, self.is_quiet = True, False
+        self._is_moving, self.quiet_in = True, None
         try:
             self._left(part)
         finally:
@@ -424,55 +403,18 @@ class WithinBudget:
         if self._is_watched:
             self._moves.send_all()
             self._moves.show_what_comes()
-        if self._recording is not None and not self._inside:
-            self._replan(part, self._recording)
-
-    def _relax(self) -> None:
-        """What pressed is over: follow the plan as it was."""
-        if self.director is not None and self._unpressed is not None:
-            self.director.follow(self._unpressed, at=self.director.position)
-        self._unpressed = None
+        if self._first is not None and not self._inside:
+            self._first.replan(part, self._to_be_cast)
 
     def foresee(self, part: Part) -> contextlib.AbstractContextManager[object]:
         """While a component runs first, what it works on makes room for itself."""
-        recording = self._recording
-        if (
-            recording is None
-            or self._unmeasured_nbytes is None
-            or self._foresees
-            or len(recording.opened(part.key)) != 1
-        ):
-            return _NOBODY_FORESEES
-        return self._foreseeing()
+        return _NOBODY_FORESEES if self._first is None else self._first.foresee(part)
 
-    @contextlib.contextmanager
-    def _foreseeing(self) -> Iterator[None]:
-        self._foresees = True
-        try:
-            with ActivationWatch(self.engine.device, self._make_room_beside):
-                yield
-        finally:
-            self._foresees = False
-
-    def _make_room_beside(self, nbytes: int) -> int:
-        """So many bytes are about to be worked on besides weights; returns what there is for it."""
-        director, backend = self.director, self.engine.backend
-        assert director is not None
-        if self._is_moving or self._recording is None:
-            return nbytes  # it is our own
-        others = self._moves.there_nbytes + self._moves.outside_nbytes
-        beside = backend.allocated_bytes() - others
-        room = min(director.room, sum(director.plan.sizes.values()))
-        if self._usable_now - room - beside < nbytes:
-            # A little more, not to do it for every operation.
-            room = max(0, self._usable_now - beside - nbytes - self.budget // 32)
-            self._recording.look(others)
-            needs = {*self._inside, *(self._now.needs if self._now is not None else ())}
-            self._unpressed = self._unpressed or director.plan
-            self.engine.log.because("what a component works on needs room")
-            self._moves.carry_out(director.press(room, needs), (), room, self.budget)
-            backend.restart_peak()
-        return self._usable_now - max(room, director.resident_nbytes) - beside
+    def _needs_at_work(self) -> set[str] | None:
+        """What the step that runs needs; None while weights move."""
+        if self._is_moving:
+            return None
+        return {*self._inside, *(self._now.needs if self._now is not None else ())}
 
     def _held(self, part: Part) -> tuple[str, ...]:
         """What has to be there while a part runs, itself perhaps apart."""
@@ -506,9 +448,9 @@ class WithinBudget:
         self._was_refused()
         around = self._inside[: self._inside.index(part.key)] if part.key in self._inside else ()
         self._send_home_but(around)
-        if self._recording is not None:
-            self._recording.forget_stay(part.key)
-        self._relax()
+        if self._first is not None:
+            self._first.forget_stay(part)
+            self._first.relax()
         if self._unsqueezed is None:
             self._unsqueezed = director.plan
         director.follow(director.plan.squeezed(0), at=director.position)
@@ -517,19 +459,20 @@ class WithinBudget:
         """The device has refused: remember at how many bytes, if that was not foreseen."""
         backend, director = self.engine.backend, self.director
         self._refused_at = backend.allocated_bytes() - self._moves.outside_nbytes
-        if director is not None and self._recording is None and self._expected_beside() is not None:
+        is_foreseen = director is not None and director.expected_beside is not None
+        if is_foreseen and self._first is None:
             self.known.limit(self._key, min(self._refused_at, self._usable_now))
         self.engine.log.because("the device has no room")
         backend.restart_peak()
 
     def _send_home_but(self, stays: Iterable[str]) -> None:
-        self._now, self.is_quiet = None, False
+        self._now, self.quiet_in = None, None
         self._interrupt()
         self._moves.send_home_but(stays)
 
     def _interrupt(self) -> None:
-        if self._recording is not None:
-            self._recording.interrupt()
+        if self._first is not None:
+            self._first.interrupt()
 
     def _send_alone(self, part: Part, needs: tuple[str, ...]) -> None:
         """The device has refused to take what a step needs: it gets all there is."""
@@ -547,9 +490,8 @@ class WithinBudget:
         """There was room for the second try; keep as much more there as leaves it."""
         director = self.director
         assert director is not None
-        if self._recording is not None:
-            self._finish_record(self._recording)
-            beside = self._recording.beside_of_stay(part.key)
+        if self._first is not None:
+            beside = self._first.beside_of_stay(part)
         else:
             there = director.resident_nbytes + self._moves.outside_nbytes
             beside = max(0, self.engine.backend.restart_peak() - there)
@@ -558,7 +500,7 @@ class WithinBudget:
             room = max(0, min(self._usable_now, self._refused_at) - beside)
             at = director.position
             plan = self._unsqueezed.squeezed(room)
-            if self._recording is None and at >= 0 and self._key is not None:
+            if self._first is None and at >= 0 and self._key is not None:
                 # Within what there seems to be, and as if it were so in this phase alone.
                 again = self.known.plan(self._key, self._before, self.budget, self._kept)
                 if again is not None and len(again.steps) == len(plan.steps):
@@ -577,71 +519,3 @@ class WithinBudget:
     def _usable_now(self) -> int:
         """Bytes for the call that goes on."""
         return self.known.usable(self._key, self.budget)
-
-    # ---- learning
-
-    def _finish_record(self, recording: Recording) -> None:
-        assert self.director is not None
-        beside = recording.end(self._moves.there_nbytes + self._moves.outside_nbytes)
-        if beside is not None:
-            self.engine.log.took(beside)
-            self._expect_more(beside)
-
-    def _expect_more(self, beside_nbytes: int) -> None:
-        """Steps like the last one may work on more than was expected: make room for that."""
-        director, expected = self.director, self._expected_beside()
-        assert director is not None
-        room = self._usable_now - and_more(beside_nbytes)
-        if expected is None or not is_near(beside_nbytes, self._usable_now - director.room):
-            return
-        position = director.position
-        director.follow(director.plan.narrowed(position, room), at=position)
-        if self._unpressed is not None:
-            self._unpressed = self._unpressed.narrowed(position, room)
-
-    def _expected_beside(self) -> int | None:
-        """What the step that runs, or a quiet stay, took besides weights when it was measured."""
-        director = self.director
-        if director is None or not 0 <= director.position < len(director.plan.steps):
-            return None
-        steps = director.plan.steps
-        if not director.is_quiet:
-            return steps[director.position].beside_nbytes
-        return max((steps[i].beside_nbytes or 0 for i in director.stay), default=0)
-
-    def _replan(self, part: Part, recording: Recording) -> None:
-        """After the first stay in a component: expect what was expected, and what was measured."""
-        assert self.director is not None
-        opened = recording.opened(part.key)
-        if len(opened) != 1:
-            return
-        self._finish_record(recording)
-        done = recording.steps()
-        helpers = {p.key for p in self._moves.parts if not p.in_sequence}
-        # In the last turn all may be cast that is there for what comes, to twice its size.
-        used = {step.part for step in (*done, *self._prior)}.intersection(self._to_be_cast)
-        cast = sum(2 * self._moves.sizes[name] for name in used)
-        rest = rest_of_call(done, opened[0], self._prior, helpers, least_nbytes=cast)
-        plan, self._unpressed = self._guess([*done, *rest]), None
-        self.director.follow(plan, at=len(done) - 1)
-
-    def _guess(self, steps: Sequence[Step]) -> Plan:
-        """A plan for steps of which some were never measured."""
-        return make_plan(
-            steps,
-            self._moves.sizes,
-            self._usable_now,
-            self.known.costs(),
-            unmeasured_nbytes=self._unmeasured_nbytes,
-        )
-
-    def _note_casts(self, names: Iterable[str]) -> None:
-        """Parts that have another size than when the call began were cast for their work."""
-        for name in names:
-            nbytes = self.engine.part(name).store.nbytes
-            if self._before.get(name, nbytes) != nbytes:
-                self._cast[name] = max(nbytes, self._cast.get(name, 0))
-
-    def _sizes_at_work(self) -> dict[str, int]:
-        """What parts take while they work: those that are cast, before it and after it."""
-        return {name: n + self._cast.get(name, 0) for name, n in self._moves.sizes.items()}

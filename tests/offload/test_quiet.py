@@ -111,7 +111,7 @@ def test_another_thread_waits_for_the_end_of_the_call_also_in_a_quiet_stay() -> 
             found.append(pipe.vae.decode(torch.ones(4, 32)).cpu())
 
     def begin(module: nn.Module, args: Any) -> None:
-        if within_of(pipe).is_quiet:
+        if within_of(pipe).quiet_in is not None:
             in_quiet_stay.set()
             thread.join(0.2)  # time enough to do what it must not
 

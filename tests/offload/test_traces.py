@@ -32,7 +32,7 @@ def is_learned(pipe: Small, *args: Any, budget: str = "28KiB", **kwargs: Any) ->
     learned = []
 
     def look(pipe: Small, step: int) -> None:
-        learned.append(within_of(pipe)._recording is not None)
+        learned.append(within_of(pipe)._first is not None)
 
     expected = result(pipe, *args, **kwargs)
     pipe.enable_model_cpu_offload(budget=budget)
@@ -151,7 +151,7 @@ def test_another_process_finds_it(folder: Path) -> None:
         "import greenroom.sim\n"
         "pipe = Small()\n"
         "pipe.enable_model_cpu_offload(budget='28KiB')\n"
-        "look = lambda pipe, step: print(within_of(pipe)._recording is None)\n"
+        "look = lambda pipe, step: print(within_of(pipe)._first is None)\n"
         "result(pipe, steps=1, each_step=look)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["tests", *sys.path])}

@@ -217,6 +217,16 @@ class Director:
         following = self.stay.stop if self.is_quiet else self.position + 1
         return self.plan.steps[following].needs if following < len(self.plan.steps) else ()
 
+    @property
+    def expected_beside(self) -> int | None:
+        """What the step that runs, or a quiet stay, took besides weights when it was measured."""
+        steps = self.plan.steps
+        if not 0 <= self.position < len(steps):
+            return None
+        if not self.is_quiet:
+            return steps[self.position].beside_nbytes
+        return max((steps[i].beside_nbytes or 0 for i in self.stay), default=0)
+
     def _urgent_nbytes(self) -> float:
         """How much of what the next call needs has to be there when it begins.
 
