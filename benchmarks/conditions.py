@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,24 @@ def host() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "load_average": [round(load, 2) for load in os.getloadavg()],
     }
+
+
+def chosen(names: Iterable[str], only: str | None) -> list[str]:
+    """Those that `--only` picks, all of them without it.
+
+    It has one or several texts, with ";" between them. Each picks the name that it is; or, if it is
+    none, those that it is a part of. One that picks nothing ends the program.
+    """
+    every = list(names)
+    if not only:
+        return every
+    picked: set[str] = set()
+    for text in map(str.strip, only.split(";")):
+        found = [name for name in every if name == text] or [n for n in every if text in n]
+        if not text or not found:
+            sys.exit(f"nothing has {text!r} in it; there are: {'; '.join(every)}")
+        picked.update(found)
+    return [name for name in every if name in picked]
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

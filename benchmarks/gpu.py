@@ -376,8 +376,10 @@ def main() -> None:
     if options.answer:
         answer()
         return
-    from conditions import RESULTS, write
+    from conditions import RESULTS, chosen, write
 
+    tables = dict(TABLES)
+    shapes = chosen(tables, options.only)
     ways = options.ways.split(",") if options.ways else [RESIDENT, GREENROOM, *INCUMBENTS]
     if unknown := set(ways).difference(WAYS):
         parser.error(f"no such way: {', '.join(sorted(unknown))}; there are {', '.join(WAYS)}")
@@ -390,16 +392,14 @@ def main() -> None:
     result = {"benchmark": "gpu", "time": "seconds of the clock on the wall", "tables": []}
     if out.exists():
         result = json.loads(out.read_text())
-    for shape, every in TABLES:
-        if options.only and shape not in options.only.split(";"):
-            continue
+    for shape in shapes:
         same = [
             table
             for table in result["tables"]
             if (table["shape"], table["machine"]["gpu"]) == (shape, about["gpu"])
         ]
         before = same[0] if same else {"ways": {}, "cells": {}}
-        gigabytes = tuple(g for g in every if not wanted or g in wanted)
+        gigabytes = tuple(g for g in tables[shape] if not wanted or g in wanted)
         resident = None if RESIDENT in ways else before["ways"].get(RESIDENT)
         found = run(shape, gigabytes, ways, processes, _link(about), resident)
         found = {

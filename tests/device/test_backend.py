@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-import greenroom.sim  # noqa: F401
+import greenroom.sim as sim
 from greenroom.device import backend as module
 from greenroom.device.backend import Backend
+from greenroom.device.transfer import Transfer
 
 
 class Streams:
@@ -64,3 +66,24 @@ def test_some_of_a_budget_is_left_for_pages_that_are_partly_empty() -> None:
     assert backend.unusable_nbytes(10**10) == 0
     backend.device = torch.device("cuda", 0)
     assert backend.unusable_nbytes(10**10) == 128 * 2**20 + 3 * 10**8
+
+
+@pytest.mark.parametrize("begin_anew", [lambda: sim.configure("rtx-4060-laptop"), sim.reset])
+def test_what_a_link_did_is_forgotten_where_the_simulator_begins_anew(
+    begin_anew: Callable[[], None],
+) -> None:
+    transfer = Transfer(torch.device("sim", 0))
+    source = torch.empty(16 * 2**20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device="sim")
+
+    def measured() -> float | None:
+        transfer.begin()
+        transfer.copy(target, source)
+        torch.get_device_module("sim").synchronize()
+        return transfer.bytes_per_s()
+
+    assert transfer.bytes_per_s() is None
+    assert measured() == pytest.approx(sim.current_profile().link.h2d_pinned, rel=0.05)
+    begin_anew()
+    assert transfer.bytes_per_s() is None
+    assert measured() == pytest.approx(sim.current_profile().link.h2d_pinned, rel=0.05)

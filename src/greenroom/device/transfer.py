@@ -31,6 +31,7 @@ class Transfer:
         self._watch_stream: Any = None
         self._check_stream: Any = None
         self._timed: tuple[Any, Any, int] | None = None
+        self._starts = 0  # of the device, when that was timed
         #: The point, on the copies' stream, at which the latest copies begin.
         self.began: Any = None
         #: Events that nobody needs any more. To make and to destroy one takes far longer than to
@@ -55,7 +56,7 @@ class Transfer:
         """Copy host memory to the device; the host goes on at once if `source` is page-locked."""
         with self._on(self.h2d_stream):
             is_to_be_timed = (
-                self._timed is None
+                self._timed_copy() is None
                 and self.h2d_stream is not None
                 and source.is_pinned()
                 and source.nbytes >= _ENOUGH_TO_TIME
@@ -67,10 +68,21 @@ class Transfer:
 
     def bytes_per_s(self) -> float | None:
         """What the link does from page-locked memory; None before a large copy was over."""
-        if self._timed is None or not self._timed[1].query():
+        timed = self._timed_copy()
+        if timed is None or not timed[1].query():
             return None
-        began, ended, nbytes = self._timed
+        began, ended, nbytes = timed
         return nbytes / (float(began.elapsed_time(ended)) / 1e3)
+
+    def _timed_copy(self) -> tuple[Any, Any, int] | None:
+        """When the copy that was timed began and ended, and its bytes.
+
+        The simulated device can begin anew as another card: what its link did before is forgotten.
+        """
+        starts = getattr(self._module, "starts", 0)
+        if starts != self._starts:
+            self._timed, self._starts = None, starts
+        return self._timed
 
     def now(self) -> Any:
         """The point, with its time, that the copies so far lead up to; None without streams."""

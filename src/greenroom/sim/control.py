@@ -141,6 +141,7 @@ def configure(
         races,
     )
     _device.profile = chosen
+    _device.starts += 1
 
 
 def current_profile() -> Profile:
@@ -151,6 +152,7 @@ def current_profile() -> Profile:
 def reset() -> None:
     """Start anew: clock, counters, peaks, races, faults, trace, caches. Tensors stay."""
     _device.native.reset()
+    _device.starts += 1
 
 
 def seconds() -> float:

@@ -77,6 +77,7 @@ Device: TypeAlias = "torch.device | int | str | None"
 _initialized = True  # torch.utils.checkpoint asks before it keeps the generators' states
 native: Any = None  # the compiled simulator, set when greenroom.sim is imported
 profile: Profile = get_profile("rtx-4090")  # the machine in force, set by configure()
+starts = 0  # how often the machine began anew: what was measured before that is another one's
 
 
 def _index(device: Device = None) -> int:
