@@ -195,6 +195,16 @@ def test_what_only_the_first_call_leaves_there_does_not_count() -> None:
     assert all(call.stalled_s < 0.1 for call in calls[1:])
 
 
+def test_what_only_a_first_call_waits_for_counts_too() -> None:
+    # No later call waits, whatever is given up. In the first one the decoder comes while the
+    # denoiser works, if the encoder makes room for it.
+    steps = [*stay("encoder", 0, 0.0), *stay("denoiser", 0, 20.0, 1), *stay("decoder", 0, 20.0)]
+    plan = make_plan(steps, {"encoder": 1, "denoiser": 2, "decoder": 5}, 8, COSTS)
+    first, *later = run(plan, COSTS, calls=3)
+    assert first.stalled_s < 0.301  # until the encoder is there, and the denoiser
+    assert sum(call.stalled_s for call in later) < 0.001
+
+
 def test_phases_fold_loops() -> None:
     first, _ = a_loop(3, 1, 1.0, 1)
     other = [Step("other", ("other",), opens=True)]

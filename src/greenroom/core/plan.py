@@ -204,10 +204,11 @@ class _Trials:
         self.best = _Drops(frozenset(), frozenset())
         self._least_s = float("inf")  # of a first call and of those after it
         self._fewest = (0, 0)  # bytes in these, and parts of which nothing said that they had to go
-        self._is_ideal = False  # the device never waits
+        self._is_ideal = False  # the device waits for the first fill alone
         self._compute_s = sum(
             (step.seconds or 0.0) * n for step, n in zip(call.steps, worth, strict=True)
         )
+        self._ideal_s = _first_fill_s(call) + _CALLS * self._compute_s
 
     def consider(self, drops: _Drops) -> bool:
         """Whether these are better than the best so far; they are the best then."""
@@ -227,7 +228,7 @@ class _Trials:
         )
         if is_better:
             self.best, self._least_s, self._fewest = drops, seconds, few
-            self._is_ideal = calls[-1].stalled_s <= (1 / _ENOUGH - 1) * self._compute_s
+            self._is_ideal = seconds * _ENOUGH <= self._ideal_s
             # What has to go anyway is better given up as soon as its last step is over.
             self.consider(self._with(drops, calls[-1].pressed))
         return is_better
@@ -363,6 +364,20 @@ def _worth(found: Sequence[Phase]) -> list[int]:
             rounds[1] += phase.times - _ROUNDS
         worth += [n for n in rounds for _ in range(phase.length)]
     return worth
+
+
+def _first_fill_s(call: _Call) -> float:
+    """What the device waits in a first call at least: whatever it needs has to come once."""
+    seen: set[str] = set()
+    stalled_s = copied_s = computed_s = 0.0
+    for step in call.steps:
+        for name in step.needs:
+            if name not in seen:
+                seen.add(name)
+                copied_s += call.costs.copy_s + call.sizes[name] / call.costs.h2d_bytes_per_s
+        stalled_s = max(stalled_s, copied_s - computed_s)
+        computed_s += step.seconds or 0.0
+    return stalled_s
 
 
 def _room(
