@@ -22,7 +22,7 @@ _SAME = 1e-9  # seconds
 # What the planner is held to, over `SEEDS`: two calls in a row, from an empty device.
 SEEDS = range(300)
 USUALLY, NOT_USUALLY = 1.05, 0.01  # times the optimum; the share of pipelines that may be above
-ALWAYS, ON_AVERAGE = 1.15, 1.005
+ALWAYS, ON_AVERAGE = 1.05, 1.001
 NEAR = 0.985  # of the optimum, on average: the bound of a first call
 
 
@@ -226,6 +226,14 @@ def test_plans_are_near_the_optimum() -> None:
     assert ratios[worst[0]] <= ALWAYS, story
     assert sum(ratio > USUALLY for ratio in ratios.values()) <= NOT_USUALLY * len(SEEDS), story
     assert statistics.fmean(ratios.values()) <= ON_AVERAGE, story
+
+
+@pytest.mark.parametrize("seed", [678, 3704], ids=["first call", "second call"])
+def test_every_call_counts_until_none_waits_in_vain(seed: int) -> None:
+    # Each of these was once slower in one call, as the last one of three that were tried was ideal.
+    one = small(seed)
+    planned = one.planned_s()
+    assert planned == pytest.approx(one.least_s(at_most=planned), rel=0.001), str(one)
 
 
 def test_the_bound_is_never_above_the_optimum() -> None:

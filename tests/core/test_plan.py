@@ -195,6 +195,27 @@ def test_what_only_the_first_call_leaves_there_does_not_count() -> None:
     assert all(call.stalled_s < 0.1 for call in calls[1:])
 
 
+def test_what_only_a_first_call_waits_for_counts_too() -> None:
+    # No later call waits, whatever is given up. In the first one the decoder comes while the
+    # denoiser works, if the encoder makes room for it.
+    steps = [*stay("encoder", 0, 0.0), *stay("denoiser", 0, 20.0, 1), *stay("decoder", 0, 20.0)]
+    plan = make_plan(steps, {"encoder": 1, "denoiser": 2, "decoder": 5}, 8, COSTS)
+    first, *later = run(plan, COSTS, calls=3)
+    assert first.stalled_s < 0.301  # until the encoder is there, and the denoiser
+    assert sum(call.stalled_s for call in later) < 0.001
+
+
+def test_what_runs_once_comes_while_a_long_step_before_it_works() -> None:
+    # There is no time for the text encoder's 21 parts but that of the decoder. So the loop's leave
+    # before it, and come while the encoder works.
+    steps = [*stay("text", 20, 0.01), *stay("encoder", 0, 250.0, beside=15)]
+    steps += [*stay("loop", 40, 1.0) * 10, *stay("decoder", 0, 250.0, beside=25)]
+    sizes = {name: 1 for step in steps for name in step.needs}
+    costs = Costs(h2d_bytes_per_s=1.0, copy_s=0.0)
+    calls = run(make_plan(steps, sizes, 50, costs), costs, calls=4)
+    assert all(call.stalled_s < 0.1 for call in calls[1:])
+
+
 def test_phases_fold_loops() -> None:
     first, _ = a_loop(3, 1, 1.0, 1)
     other = [Step("other", ("other",), opens=True)]

@@ -158,8 +158,8 @@ def make_plan(
     trials = _Trials(call, worth)
     is_measured = _is_measured(short)
     for weighing in _WEIGHINGS if is_measured and len(found) > 1 else _WEIGHINGS[:1] * bool(found):
-        spare = _spare(call, streams, weighing.share)
-        trials.consider(_Drops(within, _given_up_between(call, streams, spare, weighing.late)))
+        spare = _spare(call, streams, weighing)
+        trials.consider(_Drops(within, _given_up_between(call, streams, spare)))
     if is_measured:
         trials.consider(_Drops(within, frozenset()))  # only what presses
         trials.improve()
@@ -204,10 +204,11 @@ class _Trials:
         self.best = _Drops(frozenset(), frozenset())
         self._least_s = float("inf")  # of a first call and of those after it
         self._fewest = (0, 0)  # bytes in these, and parts of which nothing said that they had to go
-        self._is_ideal = False  # the device never waits
+        self._is_ideal = False  # the device waits for the first fill alone
         self._compute_s = sum(
             (step.seconds or 0.0) * n for step, n in zip(call.steps, worth, strict=True)
         )
+        self._ideal_s = _first_fill_s(call) + _CALLS * self._compute_s
 
     def consider(self, drops: _Drops) -> bool:
         """Whether these are better than the best so far; they are the best then."""
@@ -227,7 +228,7 @@ class _Trials:
         )
         if is_better:
             self.best, self._least_s, self._fewest = drops, seconds, few
-            self._is_ideal = calls[-1].stalled_s <= (1 / _ENOUGH - 1) * self._compute_s
+            self._is_ideal = seconds * _ENOUGH <= self._ideal_s
             # What has to go anyway is better given up as soon as its last step is over.
             self.consider(self._with(drops, calls[-1].pressed))
         return is_better
@@ -271,20 +272,20 @@ _LONG = 100  # steps
 
 @dataclass(frozen=True)
 class _Weighing:
-    """How much of what runs once is to be there before it runs, and what gives way for it.
+    """How much room is kept for what runs once, so that less of the rest stays.
 
-    share: of a phase that runs once, what is kept free for it in its phase, beyond a ring.
-    late: whether of a loop the parts at the end of its round give way first, or those at its begin.
+    share: of what such a phase needs, what fits in beside all that stays through it; a ring always.
+    ahead: whether there is room before it, as a long step works, for what can come meanwhile.
     """
 
     share: float
-    late: bool
+    ahead: bool
 
 
-_WEIGHINGS = [_Weighing(share, late) for late in (True, False) for share in (0.0, 0.5, 1.0)]
+_WEIGHINGS = [_Weighing(share, ahead) for ahead in (False, True) for share in (0.0, 0.5, 1.0)]
 
 
-def _spare(call: _Call, streams: Sequence[set[str]], share: float) -> list[int]:
+def _spare(call: _Call, streams: Sequence[set[str]], weighing: _Weighing) -> list[int]:
     """Bytes of each phase that are free for what it does not need itself."""
     spare = []
     for phase, capacity, flows in zip(call.phases, call.rooms, streams, strict=True):
@@ -297,8 +298,20 @@ def _spare(call: _Call, streams: Sequence[set[str]], share: float) -> list[int]:
             cycle = [call.steps[i] for i in phase.cycle]
             at_once = max(sum(call.sizes[name] for name in step.needs) for step in cycle)
             ring = at_once + 2 * max(call.sizes[name] for step in cycle for name in step.needs)
-            spare.append(capacity - min(whole, max(ring, int(share * whole))))
+            spare.append(capacity - min(whole, max(ring, int(weighing.share * whole))))
+    if weighing.ahead:
+        spare = [nbytes - _comes_ahead(call, which) for which, nbytes in enumerate(spare)]
     return spare
+
+
+def _comes_ahead(call: _Call, which: int) -> int:
+    """Bytes for the phases after one, until the next loop, that can come while it is at work."""
+    phase = call.phases[which]
+    following = [*call.phases[which + 1 :], *call.phases[:which]]
+    once = itertools.takewhile(lambda phase: phase.times == 1, following)
+    needed = sum(_whole(call.steps, phase, call.sizes) for phase in once)
+    seconds = sum(step.seconds or 0.0 for step in call.steps[phase.begin : phase.end])
+    return min(needed, int(seconds * call.costs.h2d_bytes_per_s))
 
 
 def _plan(call: _Call, chosen: _Drops, streams: Sequence[set[str]] = ()) -> Plan:
@@ -363,6 +376,20 @@ def _worth(found: Sequence[Phase]) -> list[int]:
             rounds[1] += phase.times - _ROUNDS
         worth += [n for n in rounds for _ in range(phase.length)]
     return worth
+
+
+def _first_fill_s(call: _Call) -> float:
+    """What the device waits in a first call at least: whatever it needs has to come once."""
+    seen: set[str] = set()
+    stalled_s = copied_s = computed_s = 0.0
+    for step in call.steps:
+        for name in step.needs:
+            if name not in seen:
+                seen.add(name)
+                copied_s += call.costs.copy_s + call.sizes[name] / call.costs.h2d_bytes_per_s
+        stalled_s = max(stalled_s, copied_s - computed_s)
+        computed_s += step.seconds or 0.0
+    return stalled_s
 
 
 def _room(
@@ -514,7 +541,7 @@ def _ends_of_all(steps: Sequence[Step], phase: Phase) -> list[tuple[int, str]]:
 
 
 def _given_up_between(
-    call: _Call, streams: Sequence[set[str]], spare: list[int], late: bool
+    call: _Call, streams: Sequence[set[str]], spare: list[int]
 ) -> frozenset[_Drop]:
     """Parts that do not stay until the phase, or the call, in which they are needed again."""
     steps, sizes, found = call.steps, call.sizes, call.phases
@@ -530,9 +557,9 @@ def _given_up_between(
     for name, where in stays.items():
         following = [*where[1:], (where[0][0] + len(found), where[0][1] + len(steps), 0)]
         for (before, _, last), (until, again, _) in zip(where, following, strict=True):
-            gaps.append((again - last, last if late else -last, name, last, before, until))
+            gaps.append((again - last, last, name, before, until))
     given_up = set()
-    for _, _, name, last, before, until in sorted(gaps):
+    for _, last, name, before, until in sorted(gaps):
         takes = set()
         for i in range(before, until + 1):
             which = i % len(found)
