@@ -212,11 +212,11 @@ class _Trials:
 
     def consider(self, drops: _Drops) -> bool:
         """Whether these are better than the best so far; they are the best then."""
-        if self._is_ideal or self._left <= 0 or drops in self._seen:
+        if self._left <= 0 or drops in self._seen:
             return False
         self._seen.add(drops)
         self._left -= _CALLS * len(self._call.steps)
-        most_stalled_s = self._least_s * _SURELY_MORE - _CALLS * self._compute_s
+        most_stalled_s = self._least_s / _ENOUGH * _SURELY_MORE - _CALLS * self._compute_s
         plan, costs = _plan(self._call, drops), self._call.costs
         calls = run(plan, costs, calls=_CALLS, most_stalled_s=most_stalled_s, worth=self._worth)
         if len(calls) < _CALLS:
@@ -224,10 +224,11 @@ class _Trials:
         seconds = sum(self._compute_s + call.stalled_s for call in calls)
         few = sum(call.h2d_nbytes for call in calls), sum(len(call.pressed) for call in calls)
         is_better = seconds < self._least_s * _ENOUGH or (
-            seconds <= self._least_s and few < self._fewest
+            seconds * _ENOUGH <= self._least_s and few < self._fewest
         )
         if is_better:
-            self.best, self._least_s, self._fewest = drops, seconds, few
+            self.best, self._fewest = drops, few
+            self._least_s = min(seconds, self._least_s)  # of all, lest many thousandths add up
             self._is_ideal = seconds * _ENOUGH <= self._ideal_s
             # What has to go anyway is better given up as soon as its last step is over.
             self.consider(self._with(drops, calls[-1].pressed))
