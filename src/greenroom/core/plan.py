@@ -27,6 +27,7 @@ from .trace import Phase, Step, phases, sizes_of
 
 _RINGS = (1.0, 1.5, 2.0, 3.0, 4.0)  # times the largest streamed part
 _ENOUGH = 0.999  # what is less than a thousandth faster is not worth more traffic
+_FEWER = 0.99  # of the bytes; what presses comes at the last moment, and makes the host wait
 _SURELY_MORE = 1 + 1e-9  # sums of thousands of seconds in another order are off by less
 
 
@@ -203,7 +204,7 @@ class _Trials:
         self._seen: set[_Drops] = set()
         self.best = _Drops(frozenset(), frozenset())
         self._least_s = float("inf")  # of a first call and of those after it
-        self._fewest = (0, 0)  # bytes in these, and parts of which nothing said that they had to go
+        self._fewest_nbytes = self._fewest_pressed = 0  # that move, that have to go unplanned
         self._is_ideal = False  # the device waits for the first fill alone
         self._compute_s = sum(
             (step.seconds or 0.0) * n for step, n in zip(call.steps, worth, strict=True)
@@ -222,12 +223,16 @@ class _Trials:
         if len(calls) < _CALLS:
             return False
         seconds = sum(self._compute_s + call.stalled_s for call in calls)
-        few = sum(call.h2d_nbytes for call in calls), sum(len(call.pressed) for call in calls)
+        nbytes = sum(call.h2d_nbytes for call in calls)
+        pressed = sum(len(call.pressed) for call in calls)
+        is_leaner = nbytes < self._fewest_nbytes * _FEWER or (
+            nbytes <= self._fewest_nbytes and pressed < self._fewest_pressed
+        )
         is_better = seconds < self._least_s * _ENOUGH or (
-            seconds * _ENOUGH <= self._least_s and few < self._fewest
+            seconds * _ENOUGH <= self._least_s and is_leaner
         )
         if is_better:
-            self.best, self._fewest = drops, few
+            self.best, self._fewest_nbytes, self._fewest_pressed = drops, nbytes, pressed
             self._least_s = min(seconds, self._least_s)  # of all, lest many thousandths add up
             self._is_ideal = seconds * _ENOUGH <= self._ideal_s
             # What has to go anyway is better given up as soon as its last step is over.

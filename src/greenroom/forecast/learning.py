@@ -34,9 +34,10 @@ def first_call(cut: Cut, budget: int, card: Card) -> FirstCall:
     def guess(steps: Sequence[Step]) -> Plan:
         return make_plan(steps, cut.sizes, budget, costs, unmeasured_nbytes=some)
 
-    director = Director(guess(cut.expected or cut.steps))
+    plan = guess(cut.expected or cut.steps)
+    director = Director(plan)
     director.begin_call()
-    position = 0
+    position = most_beside = 0
     for stay, is_first in _stays(cut.steps):
         for step in stay:
             clock.step(director, step)
@@ -47,8 +48,12 @@ def first_call(cut: Cut, budget: int, card: Card) -> FirstCall:
         if is_first and position < len(cut.steps):
             begin = position - len(stay)
             rest = rest_of_call(cut.steps[:position], begin, cut.expected, frozenset())
-            director.follow(guess([*cut.steps[:position], *rest]), at=position - 1)
+            plan = guess([*cut.steps[:position], *rest])
+            director.follow(plan, at=position - 1)
             clock.wait_for_device()  # to read its times
+        most_beside = max(step.beside_nbytes or 0 for step in stay)
+    director.follow(plan, at=director.position)
+    clock.send_while_busy(director.look_ahead(budget - most_beside))
     return FirstCall(clock.done, clock.moved, clock.peak)
 
 
@@ -79,6 +84,19 @@ class _Clock:
         """Something leaves while a step runs: the host waits until it has been used."""
         self._host = max([self._host, *(self._used.get(name, 0.0) for name in orders.offload)])
 
+    def send_while_busy(self, names: Sequence[str]) -> None:
+        """The call is over for the host: so much of this goes as the device has work for."""
+        for name in names:
+            if max(self._link, self._host) >= self.done:
+                return
+            self._send(name)
+
+    def _send(self, name: str) -> None:
+        self._link = max(self._link, self._host) + self._costs.copy_s
+        self._link += self._sizes[name] / self._costs.h2d_bytes_per_s
+        self._ready[name] = self._link
+        self.moved += self._sizes[name]
+
     def step(self, director: Director, step: Step) -> None:
         """A step begins, and is over."""
         orders = director.begin(replace(step, seconds=None, beside_nbytes=None))
@@ -90,10 +108,7 @@ class _Clock:
         for name in orders.onload:
             if name not in self._ready:
                 looked_at.append(self._sizes[name])
-            self._link = max(self._link, self._host) + self._costs.copy_s
-            self._link += self._sizes[name] / self._costs.h2d_bytes_per_s
-            self._ready[name] = self._link
-            self.moved += self._sizes[name]
+            self._send(name)
         self.peak = max(self.peak, director.resident_nbytes + (step.beside_nbytes or 0))
         pause = self._costs.pause_s if over else 0.0
         arrived = max((self._ready.get(name, 0.0) for name in step.needs), default=0.0)
