@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .hooks import Part
     from .moves import Moves
 
+NOBODY_FORESEES = contextlib.nullcontext()
+
 
 class FirstCall:
     """A call that is learned.
@@ -85,6 +87,11 @@ class FirstCall:
             unmeasured_nbytes=self._unmeasured_nbytes,
         )
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no component ran: there is nothing to learn."""
+        return self._recording.is_empty
+
     # ---- a step
 
     def begin_step(self, step: Step) -> None:
@@ -125,7 +132,7 @@ class FirstCall:
         """While a component runs first, what it works on makes room for itself."""
         is_first = len(self._recording.opened(part.key)) == 1
         if self._unmeasured_nbytes is None or self._is_foreseeing or not is_first:
-            return contextlib.nullcontext()
+            return NOBODY_FORESEES
         return self._foreseeing()
 
     @contextlib.contextmanager
@@ -194,13 +201,15 @@ class FirstCall:
     def begin_next(self) -> None:
         """While the device works on the rest of the call, what the next one needs may come.
 
-        By the plan that was guessed, and with as much room as was measured: the next call's plan is
-        made when the device is done.
+        It is busy if its last component is an autoencoder's half, whose end nobody tells, or ran
+        again. The next call's plan is made when the device is done; until then the one that was
+        guessed says what comes, and there is as much room as the last component has left.
         """
         self.end_step()
         self.relax()
         if self._engine.backend.is_busy():
-            room = self._usable - self._recording.beside_of_last()
+            left = self._usable - self._recording.beside_of_last()
+            room = min(left, self._moves.room_as_it_is(self._budget))
             self._moves.send_while_busy(self._director.look_ahead(room))
 
     def plan_next(self) -> Plan:
@@ -208,5 +217,5 @@ class FirstCall:
         steps = self._recording.steps()
         sizes = self._moves.sizes
         # Those that are cast, before it and after it.
-        at_work = {name: nbytes + self._cast.get(name, 0) for name, nbytes in sizes.items()}
-        return make_plan(steps, at_work, self._usable, self._costs())
+        sizes = {name: nbytes + self._cast.get(name, 0) for name, nbytes in sizes.items()}
+        return make_plan(steps, sizes, self._usable, self._costs())

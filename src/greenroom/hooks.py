@@ -154,7 +154,7 @@ class Part:
         within = self.within
         return (
             within is not None
-            and within.quiet_in is not None
+            and within.quiet_in is not None  # which mostly says no at once
             and self._is_here
             and not self.store.is_checked
             and id(module) not in self._entrances

@@ -78,7 +78,7 @@ class KnownCalls:
         if known is None or known.before != before:
             # Else weights were cast, or came and went, since the plan was made.
             trace = None if kept is None or key in self._stale else kept.load()
-            if trace is None:
+            if trace is None or not trace.steps:
                 return None
             self._kept_h2d_bytes_per_s = trace.h2d_bytes_per_s
             steps, sizes, planned_for = trace.steps, {**before, **trace.sizes}, -1

@@ -104,6 +104,10 @@ class Moves:
             self.recount()
             raise
 
+    def room_as_it_is(self, budget: int) -> int:
+        """Bytes for weights, if nobody empties the allocator's cache and waits for the device."""
+        return self._reserve.room(budget + self.outside_nbytes)
+
     def send_while_busy(self, names: Iterable[str]) -> None:
         """Send so many of these as the device has work for, and leave the rest."""
         self._outbox.order(names)

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 _USUAL_STEP_S = 0.01  # until the step was measured
 _ALWAYS_FLYING = 128 * 2**20  # bytes: 5 ms on PCIe 4.0, which a host may be away
-
-
 _MOST_RUNNING = 4096  # steps that a host may be ahead
 
 
@@ -74,12 +72,12 @@ class Outbox:
 
     def send_while_busy(self, masters: object) -> None:
         """Send what was ordered part by part, until the device has nothing else to do."""
-        before = None
+        begun: list[Any] = []
         while self._unsent and self._backend.is_busy():
             self.send(self._unsent[0], masters)
-            copied, before = before, self._flying[-1][0]
-            if copied is not None:  # two at a time keep the link busy
-                copied.synchronize()
+            begun.append(self._flying[-1][0])
+            if len(begun) > 1:  # two at a time keep the link busy
+                begun[-2].synchronize()
 
     def send_ahead(self, masters: object, costs: Callable[[], Costs]) -> None:
         """Send so much of what was ordered that the link is busy as long as the device is.

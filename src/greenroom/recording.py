@@ -67,6 +67,11 @@ class Recording:
         beside = self._backend.restart_peak() - there_nbytes
         entry.beside_nbytes = max(entry.beside_nbytes, beside)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing ran, or what did has not been."""
+        return not self._entries
+
     def opened(self, part: str) -> list[int]:
         """Where stays in a component begin, by its part that opens them."""
         return [i for i, e in enumerate(self._entries) if e.step.part == part and e.step.opens]

@@ -22,7 +22,7 @@ from .core.plan import Plan
 from .core.trace import Step, step_of
 from .core.units import format_bytes
 from .errors import DeviceOutOfMemory
-from .first_call import FirstCall
+from .first_call import NOBODY_FORESEES, FirstCall
 from .grant import AUTO, Budget, free_now, largest_step, smallest_for
 from .known_calls import KnownCalls
 from .moves import Moves
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from .traces import KeptTrace
 
 logger = logging.getLogger("greenroom")
-
-_NOBODY_FORESEES = contextlib.nullcontext()
 
 
 def locking_bar() -> tqdm[Any]:
@@ -226,6 +224,10 @@ class WithinBudget:
         self._inside, self._now, self.quiet_in = [], None, None
         is_done = not self.engine.backend.is_busy()
         first, self._first = self._first, None
+        if first is not None and first.is_empty:
+            self.engine.backend.restore_peak()
+            self._expect_changes()
+            return
         is_as_planned = first is not None or not director.deviations
         if first is not None:
             first.begin_next()
@@ -408,7 +410,7 @@ class WithinBudget:
 
     def foresee(self, part: Part) -> contextlib.AbstractContextManager[object]:
         """While a component runs first, what it works on makes room for itself."""
-        return _NOBODY_FORESEES if self._first is None else self._first.foresee(part)
+        return NOBODY_FORESEES if self._first is None else self._first.foresee(part)
 
     def _needs_at_work(self) -> set[str] | None:
         """What the step that runs needs; None while weights move."""

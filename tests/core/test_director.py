@@ -404,6 +404,14 @@ def test_before_the_device_is_done_what_fits_beside_all_that_is_there_comes() ->
     assert director.end_call() == Orders(onload=("c",))
 
 
+def test_before_the_device_is_done_no_more_comes_than_the_next_call_begins_with() -> None:
+    steps = [step("a", beside=10), step("b"), step("c")]
+    director = Director(planned(steps, 30))
+    run(director, steps)
+    director.gone(["a", "b"])
+    assert director.look_ahead(30) == ("a",)
+
+
 def test_at_the_end_there_is_room_for_what_the_call_returns() -> None:
     steps = letters("abc")
     director = Director(planned(steps, 30))

@@ -12,6 +12,7 @@ import torch
 import greenroom.sim as sim
 from greenroom.device import backend as module
 from greenroom.device.backend import Backend
+from greenroom.device.reserve import Reserve
 from greenroom.device.transfer import Transfer
 
 
@@ -66,6 +67,15 @@ def test_some_of_a_budget_is_left_for_pages_that_are_partly_empty() -> None:
     assert backend.unusable_nbytes(10**10) == 0
     backend.device = torch.device("cuda", 0)
     assert backend.unusable_nbytes(10**10) == 128 * 2**20 + 3 * 10**8
+
+
+def test_weights_have_what_the_other_pool_leaves() -> None:
+    backend: Any = SimpleNamespace(reserved_bytes=lambda: 50)
+    reserve = Reserve(backend)
+    reserve.note(30)
+    assert reserve.room(60) == 40
+    reserve.note(50)
+    assert reserve.room(60) == 60
 
 
 @pytest.mark.parametrize("begin_anew", [lambda: sim.configure("rtx-4060-laptop"), sim.reset])

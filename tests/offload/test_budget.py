@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from offload.own import Chain
 from torch import nn
 
 import greenroom
@@ -94,6 +95,26 @@ def test_what_a_second_call_begins_with_comes_while_the_first_one_ends() -> None
         result(pipe, "demo-sdxl")
     assert second.h2d_bytes < 1e5
     assert second.peak_reserved_bytes <= budget
+
+
+class Maybe(Chain):
+    """Runs its components or none of them."""
+
+    def __call__(self, x: Any, runs: bool = True) -> Any:
+        return super().__call__(x) if runs else x
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_call_in_which_no_component_runs_is_one_as_well(is_busy: bool) -> None:
+    pipe, x = Maybe(), torch.ones(1, 8)
+    expected = pipe(x)
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget="1MiB")
+    work = torch.ones(2048, 2048, device="sim")
+    for runs in (False, True, False, True):
+        if is_busy:
+            work @ work
+        found = pipe(x, runs)
+        assert torch.equal(found.cpu(), expected if runs else x)
 
 
 def test_other_numbers_of_steps_and_other_sizes_work_too() -> None:

@@ -189,11 +189,13 @@ class Director:
     def look_ahead(self, room: int) -> tuple[str, ...]:
         """The call is over for the host alone; what the next one begins with may come already.
 
-        Within `room` bytes, beside all that is there: nothing can leave before the device is done.
+        Within `room` bytes, and those of its first phase, beside all that is there: nothing can
+        leave before the device is done.
         """
         arrived: list[str] = []
         if self.is_at_end:
             self._fresh = set(self._loose)
+            room = min(room, self.plan.room(0))
             self._fetch_ahead(self.position, arrived, [], room, begin=self.position + 1)
         return tuple(arrived)
 

@@ -31,6 +31,10 @@ class Reserve:
         """So many bytes of weights are on the device now."""
         self._most_nbytes = max(self._most_nbytes, weights_nbytes)
 
+    def room(self, budget: int) -> int:
+        """Bytes that weights may take within a budget for both, if nothing is given back."""
+        return budget - max(0, self._backend.reserved_bytes() - self._most_nbytes)
+
     def make_fit(self, weights_nbytes: int, most_nbytes: int, room: int, budget: int) -> None:
         """Before a phase begins: give back what is unused if the two pools would exceed the budget.
 
