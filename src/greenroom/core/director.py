@@ -183,7 +183,7 @@ class Director:
 
     @property
     def is_at_end(self) -> bool:
-        """Whether the plan's last step has begun: the call was not cut short, nor elsewhere."""
+        """Whether the plan's last step has begun: the call was not cut short."""
         return self.position == len(self.plan.steps) - 1 >= 0
 
     def look_ahead(self, room: int) -> tuple[str, ...]:

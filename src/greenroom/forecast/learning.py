@@ -18,7 +18,7 @@ from .recording import Card, Cut
 
 
 @dataclass(frozen=True)
-class FirstCall:
+class FirstForecast:
     """Seconds, bytes that go to the device, and the most that is in use at once."""
 
     seconds: float
@@ -26,7 +26,7 @@ class FirstCall:
     peak_nbytes: int
 
 
-def first_call(cut: Cut, budget: int, card: Card) -> FirstCall:
+def first_call(cut: Cut, budget: int, card: Card) -> FirstForecast:
     """The first call within so many usable bytes."""
     costs, clock = card.costs, _Clock(card, cut.sizes)
     some = budget // ACTIVATION_PARTS
@@ -54,7 +54,7 @@ def first_call(cut: Cut, budget: int, card: Card) -> FirstCall:
         most_beside = max(step.beside_nbytes or 0 for step in stay)
     director.follow(plan, at=director.position)
     clock.send_while_busy(director.look_ahead(budget - most_beside))
-    return FirstCall(clock.done, clock.moved, clock.peak)
+    return FirstForecast(clock.done, clock.moved, clock.peak)
 
 
 def _stays(steps: Sequence[Step]) -> Iterator[tuple[Sequence[Step], bool]]:
