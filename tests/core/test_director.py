@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import hypothesis.strategies as st
 import pytest
@@ -267,6 +267,36 @@ def test_copies_wait_where_there_is_more_room_than_before() -> None:
     # Where nothing is ordered there is nothing to wait for.
     director = Director(planned(steps, 60))
     assert run(director, steps)[1:] == [Orders()] * 3
+
+
+def test_copies_wait_for_every_step_that_may_still_run_and_has_less_room() -> None:
+    # Nothing came before b, so nobody waited for a, which may still be at work when c comes.
+    steps = [step("a", beside=10), step("b"), step("c")]
+    director = Director(replace(planned(steps, 30), late={2: {"c"}}))
+    orders = run(director, steps)
+    assert orders[1:] == [Orders(), Orders(onload=("c",), has_more_room=True)]
+    # Where what is there fits in beside a as well, nobody waits.
+    director = Director(replace(planned(steps, 60), late={2: {"c"}}))
+    assert run(director, steps)[1:] == [Orders(), Orders(onload=("c",))]
+
+
+def test_what_is_late_comes_when_its_step_begins_and_what_follows_before() -> None:
+    steps = letters("abc")
+    director = Director(replace(planned(steps, 20, {0: "a", 1: "b"}), late={1: {"b"}}))
+    orders = run(director, steps)
+    assert [o.onload for o in orders] == [("a", "c"), ("b",), ()]
+    assert orders[1].offload == ("a",)
+    assert director.pressed == []
+
+
+def test_what_is_given_up_goes_even_if_all_until_its_next_step_is_there() -> None:
+    # When the second a begins, all that follows is there, up to the next call's first one.
+    steps = [step("a"), step("a"), step("b"), step("c", beside=10)]
+    director = Director(planned(steps, 30, {1: "a"}))
+    orders = run(director, steps)
+    assert orders[2].release == ("a",)
+    assert orders[3] == Orders(offload=("a",))  # b is needed later, and would press
+    assert director.pressed == []
 
 
 def test_what_is_fetched_ahead_has_room_until_it_is_needed() -> None:

@@ -20,9 +20,8 @@ COSTS = Costs(h2d_bytes_per_s=10.0, copy_s=0.0)
 _SAME = 1e-9  # seconds
 
 # What the planner is held to, over `SEEDS`: two calls in a row, from an empty device.
-SEEDS = range(300)
-USUALLY, NOT_USUALLY = 1.05, 0.01  # times the optimum; the share of pipelines that may be above
-ALWAYS, ON_AVERAGE = 1.05, 1.001
+SEEDS = range(3000)
+ALWAYS, ON_AVERAGE = 1.05, 1.0003  # times the optimum
 NEAR = 0.985  # of the optimum, on average: the bound of a first call
 
 
@@ -224,7 +223,6 @@ def test_plans_are_near_the_optimum() -> None:
     worst = sorted(ratios, key=lambda seed: -ratios[seed])
     story = "\n".join(f"seed {seed}: {ratios[seed]:.3f} x. {small(seed)}" for seed in worst[:5])
     assert ratios[worst[0]] <= ALWAYS, story
-    assert sum(ratio > USUALLY for ratio in ratios.values()) <= NOT_USUALLY * len(SEEDS), story
     assert statistics.fmean(ratios.values()) <= ON_AVERAGE, story
 
 
@@ -238,7 +236,7 @@ def test_every_call_counts_until_none_waits_in_vain(seed: int) -> None:
 
 def test_the_bound_is_never_above_the_optimum() -> None:
     shares = []
-    for seed in SEEDS:
+    for seed in SEEDS[:300]:
         case = small(seed)
         first, later = (
             lower_bound(case.steps, case.sizes, case.budget, COSTS, start).seconds

@@ -231,6 +231,20 @@ def test_what_runs_once_comes_while_a_long_step_before_it_works() -> None:
     assert all(call.stalled_s < 0.1 for call in calls[1:])
 
 
+def test_what_is_small_comes_late_where_it_would_take_the_room_of_what_is_large() -> None:
+    # While the denoiser works there is room for the encoder's large part, but not for both.
+    steps = [Step("denoiser", ("denoiser",), 0.5, 4, opens=True)] * 2
+    steps += [Step("encoder", ("encoder",), 0.0, 1, opens=True)]
+    steps += [Step("large", ("encoder",), 0.25, 1)]
+    steps += [Step("decoder", ("decoder",), 0.25, 3, opens=True)]
+    sizes = {"denoiser": 2, "encoder": 2, "large": 10, "decoder": 4}
+    plan = make_plan(steps, sizes, 16, COSTS)
+    assert plan.late == {1: {"encoder"}}
+    assert "2 parts, 0.00 GB, of which 0 (0.00 GB) stream, 1 late" in str(plan)
+    assert simulate(plan, COSTS, calls=2).stalled_s < 1.0
+    assert simulate(replace(plan, late={}), COSTS, calls=2).stalled_s > 1.3
+
+
 def test_phases_fold_loops() -> None:
     first, _ = a_loop(3, 1, 1.0, 1)
     other = [Step("other", ("other",), opens=True)]

@@ -6,8 +6,8 @@ same director.
 
 Note [What is fetched ahead]: parts are sent in the order in which they are needed, each as soon as
 there is room for it beside what the steps until then work on. Everything that is needed before the
-*horizon* is there or on its way, so nothing else will be sent before it, and no part that is needed
-before it is given up.
+*horizon* is there or on its way, but for what the plan says comes late, so nothing else will be
+sent before it.
 
 Note [Released and gone]: whether a part was changed can be told only when its last step is over,
 and nothing may take its place before. So what a plan gives up after a step is *released* when the
@@ -79,6 +79,7 @@ class Director:
         self._where: dict[str, list[int]] = dict(where)
         self._opens = [i for i, step in enumerate(plan.steps) if step.opens]
         self._drops = sorted(plan.drops)
+        self._least_room = plan.room(at if at >= 0 else None)  # of the steps that may still run
         self.is_quiet = False
 
     def begin_call(self) -> None:
@@ -86,6 +87,7 @@ class Director:
         count = len(self.plan.steps)
         self._horizon = max(0, self._horizon - count) if self.position == count - 1 else 0
         self.position = -1
+        self._least_room = min(self._least_room, self.plan.room(None))
         self._staying.clear()
         self.deviations = 0
         self.pressed.clear()
@@ -98,6 +100,10 @@ class Director:
         """
         orders = self._begin(step)
         self.is_quiet = orders is NOTHING and step.opens and self._stays_quiet(step)
+        if self.is_quiet:
+            stay, of_step = self.stay, self.plan.of_step
+            rooms = self.plan.rooms[of_step[stay.start] : of_step[stay.stop - 1] + 1]
+            self._least_room = min(self._least_room, *rooms)
         return orders
 
     def _stays_quiet(self, step: Step) -> bool:
@@ -125,7 +131,7 @@ class Director:
         )
 
     def _begin(self, step: Step) -> Orders:
-        needs, resident, before = step.needs, self.resident, self.position
+        needs, resident = step.needs, self.resident
         position = self._find(step)
         released = self._loosen(position, needs)
         arrived: list[str] = []
@@ -149,9 +155,10 @@ class Director:
             if self._fresh and (plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
                 self._fresh.clear()
             self._fetch_ahead(position, arrived, out, room)
+        has_more_room = bool(arrived) and self.resident_nbytes > self._least_room
+        self._least_room = room if has_more_room else min(room, self._least_room)
         if not (out or arrived or released):
             return NOTHING
-        has_more_room = room > plan.room(before if before >= 0 else None)
         gone = set(out)
         stayed = gone.intersection(arrived)  # there is room for it after all
         if stayed:
@@ -315,7 +322,7 @@ class Director:
     # ---- what goes, what comes
 
     def _loosen(self, position: int | None, needs: tuple[str, ...]) -> list[str]:
-        """What the plan gives up after the last step may go, if it is not needed very soon."""
+        """What the plan gives up after the last step may go."""
         drops = self.plan.drops.get(self.position)
         if not drops:
             self._fresh.clear()
@@ -323,12 +330,11 @@ class Director:
         released = [
             name
             for name in drops
-            if name in self.resident
-            and name not in needs
-            and name not in self._loose
-            and (position is None or self._next(name, position) >= self._horizon)
+            if name in self.resident and name not in needs and name not in self._loose
         ]
+        after = self.position + 1 if position is None else position
         for name in released:
+            self._horizon = min(self._horizon, self._next(name, after))
             self._loose.add(name)
             self._goes(name)
         self._fresh = set(released)
@@ -379,10 +385,13 @@ class Director:
             missing: list[str] = []
             loose: list[str] = []
             coming = kept = 0
-            for name in steps[ahead if ahead < count else ahead - count].needs:
+            where = ahead if ahead < count else ahead - count
+            late = self.plan.late.get(phases[where], ())
+            for name in steps[where].needs:
                 if name not in resident:
-                    missing.append(name)
-                    coming += sizes[name]
+                    if name not in late:
+                        missing.append(name)
+                        coming += sizes[name]
                 elif name in given_up:
                     loose.append(name)
                     kept += sizes[name]

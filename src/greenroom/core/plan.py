@@ -12,15 +12,18 @@ are spread evenly over the round, so that each copy finds compute to hide under.
 Between phases, and from one call to the next, a part stays if there is room for it all the way;
 those needed again soonest come first (Belady's rule).
 
-When copies start is no part of the plan: always as early as there is room, in the order of need.
+Copies start as early as there is room, in the order of need. Now and then that is wrong: a small
+part that comes ahead takes the room in which a large one could have come under a long step. Such a
+part is *late*: it comes when its step begins, and those after it come before.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from .simulate import Costs, run, simulate
 from .trace import Phase, Step, phases, sizes_of
@@ -36,6 +39,7 @@ class Plan:
     """What is given up after which step; everything else stays until something presses.
 
     drops: position of a step -> parts that leave the device when the step is over.
+    late: number of a phase -> parts that are fetched for it when their step begins, not ahead.
     """
 
     steps: tuple[Step, ...]
@@ -46,6 +50,7 @@ class Plan:
     rooms: tuple[int, ...]  # bytes for weights in each phase
     costs: Costs
     streamed: Mapping[int, tuple[str, ...]] = field(default_factory=dict)  # by phase's begin
+    late: Mapping[int, Set[str]] = field(default_factory=dict)
     unforeseen_room: int | None = None  # the same for steps that nobody expected; None: half of all
 
     @cached_property
@@ -111,14 +116,15 @@ class Plan:
 
     def __str__(self) -> str:
         lines = []
-        for phase in self.phases:
+        for which, phase in enumerate(self.phases):
             parts = {name for i in phase.cycle for name in self.steps[i].needs}
+            late = f", {len(self.late[which])} late" if which in self.late else ""
             flows = self.streamed.get(phase.begin, ())
             nbytes = sum(self.sizes[name] for name in parts)
             flowing = sum(self.sizes[name] for name in flows)
             lines.append(
                 f"{phase.times:4} x {self.steps[phase.begin].part}: {len(parts)} parts, "
-                f"{nbytes / 1e9:.2f} GB, of which {len(flows)} ({flowing / 1e9:.2f} GB) stream"
+                f"{nbytes / 1e9:.2f} GB, of which {len(flows)} ({flowing / 1e9:.2f} GB) stream{late}"
             )
         return "\n".join(lines)
 
@@ -152,7 +158,7 @@ def make_plan(
     call = _Call(short, sizes, budget, _folded_phases(found), rooms, costs)
     worth = _worth(found)
     within = frozenset(
-        (i, offset, name)
+        _Choice(_WITHIN, i, offset, name)
         for i, (phase, flows) in enumerate(zip(found, streams, strict=True))
         for offset, name in _ends(steps, phase, flows)
     )
@@ -160,9 +166,9 @@ def make_plan(
     is_measured = _is_measured(short)
     for weighing in _WEIGHINGS if is_measured and len(found) > 1 else _WEIGHINGS[:1] * bool(found):
         spare = _spare(call, streams, weighing)
-        trials.consider(_Drops(within, _given_up_between(call, streams, spare)))
+        trials.consider(within | _given_up_between(call, streams, spare))
     if is_measured:
-        trials.consider(_Drops(within, frozenset()))  # only what presses
+        trials.consider(within)  # only what presses
         trials.improve()
     plan = _plan(_Call(steps, sizes, budget, found, rooms, costs), trials.best, streams)
     if unmeasured_nbytes is None:
@@ -170,15 +176,19 @@ def make_plan(
     return replace(plan, unforeseen_room=budget - unmeasured_nbytes)
 
 
-_Drop = tuple[int, int, str]  # phase, offset in its round, part
+_WITHIN, _AFTER, _LATE = "after every round but the last", "after the last round", "late"
 
 
-@dataclass(frozen=True)
-class _Drops:
-    """What is given up: after every round of a loop but the last, and after the last one."""
+class _Choice(NamedTuple):
+    """Something that a plan may say of a part in a phase: when it is given up, or that it is late.
 
-    within: frozenset[_Drop]
-    after: frozenset[_Drop]
+    offset: in a round, of the step after which it is given up.
+    """
+
+    what: str
+    phase: int
+    offset: int
+    part: str
 
 
 @dataclass(frozen=True)
@@ -201,8 +211,8 @@ class _Trials:
         self._call = call
         self._worth = worth
         self._left = _MOST_STEPS
-        self._seen: set[_Drops] = set()
-        self.best = _Drops(frozenset(), frozenset())
+        self._seen: set[frozenset[_Choice]] = set()
+        self.best: frozenset[_Choice] = frozenset()
         self._least_s = float("inf")  # of a first call and of those after it
         self._fewest_nbytes = self._fewest_pressed = 0  # that move, that have to go unplanned
         self._is_ideal = False  # the device waits for the first fill alone
@@ -211,14 +221,14 @@ class _Trials:
         )
         self._ideal_s = _first_fill_s(call) + _CALLS * self._compute_s
 
-    def consider(self, drops: _Drops) -> bool:
+    def consider(self, chosen: frozenset[_Choice]) -> bool:
         """Whether these are better than the best so far; they are the best then."""
-        if self._left <= 0 or drops in self._seen:
+        if self._left <= 0 or chosen in self._seen:
             return False
-        self._seen.add(drops)
+        self._seen.add(chosen)
         self._left -= _CALLS * len(self._call.steps)
         most_stalled_s = self._least_s / _ENOUGH * _SURELY_MORE - _CALLS * self._compute_s
-        plan, costs = _plan(self._call, drops), self._call.costs
+        plan, costs = _plan(self._call, chosen), self._call.costs
         calls = run(plan, costs, calls=_CALLS, most_stalled_s=most_stalled_s, worth=self._worth)
         if len(calls) < _CALLS:
             return False
@@ -232,40 +242,41 @@ class _Trials:
             seconds * _ENOUGH <= self._least_s and is_leaner
         )
         if is_better:
-            self.best, self._fewest_nbytes, self._fewest_pressed = drops, nbytes, pressed
+            self.best, self._fewest_nbytes, self._fewest_pressed = chosen, nbytes, pressed
             self._least_s = min(seconds, self._least_s)  # of all, lest many thousandths add up
             self._is_ideal = seconds * _ENOUGH <= self._ideal_s
             # What has to go anyway is better given up as soon as its last step is over.
-            self.consider(self._with(drops, calls[-1].pressed))
+            self.consider(chosen.union(self._given_up(calls[-1].pressed)))
         return is_better
 
-    def _with(self, drops: _Drops, pressed: Iterable[tuple[int, str]]) -> _Drops:
-        within, after = set(drops.within), set(drops.after)
+    def _given_up(self, pressed: Iterable[tuple[int, str]]) -> Iterator[_Choice]:
         for position, name in pressed:
             position %= len(self._call.steps)
             which = next(i for i, p in enumerate(self._call.phases) if position < p.end)
             phase = self._call.phases[which]
             turn, offset = divmod(position - phase.begin, phase.length)
-            (after if turn == phase.times - 1 else within).add((which, offset, name))
-        return _Drops(frozenset(within), frozenset(after))
+            yield _Choice(_AFTER if turn == phase.times - 1 else _WITHIN, which, offset, name)
 
     def improve(self) -> None:
-        """Give up one part more, or less, or two, as long as that is better."""
-        single = [
-            (is_within, (which, offset, name))
+        """Give up one part more, or less, or have it late, or two, as long as that is better."""
+        ends = [
+            (which, offset, name)
             for which, phase in enumerate(self._call.phases)
             for offset, name in _ends_of_all(self._call.steps, phase)
-            for is_within in ([False, True] if phase.times > 1 else [False])
         ]
+        single = [
+            _Choice(what, *end)
+            for end in ends
+            for what in ((_AFTER, _WITHIN) if self._call.phases[end[0]].times > 1 else (_AFTER,))
+        ]
+        single += [_Choice(_LATE, which, 0, name) for which, _, name in ends]
         changes = itertools.chain(
             ((change,) for change in single), itertools.combinations(single, 2)
         )
         for change in changes:
             if self._left <= 0 or self._is_ideal:
                 return
-            within = frozenset(drop for is_within, drop in change if is_within)
-            after = frozenset(drop for is_within, drop in change if not is_within)
-            if self.consider(_Drops(self.best.within ^ within, self.best.after ^ after)):
+            if self.consider(self.best.symmetric_difference(change)):
                 self.improve()
                 return
 
@@ -320,15 +331,17 @@ def _comes_ahead(call: _Call, which: int) -> int:
     return min(needed, int(seconds * call.costs.h2d_bytes_per_s))
 
 
-def _plan(call: _Call, chosen: _Drops, streams: Sequence[set[str]] = ()) -> Plan:
+def _plan(call: _Call, chosen: Set[_Choice], streams: Sequence[set[str]] = ()) -> Plan:
     drops: dict[int, list[str]] = {}
-    for which, offset, name in sorted(chosen.within):
+    late: dict[int, set[str]] = {}
+    for what, which, offset, name in sorted(chosen):
         phase = call.phases[which]
-        for turn in range(phase.times - 1):
+        if what == _LATE:
+            late.setdefault(which, set()).add(name)
+            continue
+        turns = range(phase.times - 1) if what == _WITHIN else [phase.times - 1]
+        for turn in turns:
             drops.setdefault(phase.begin + offset + turn * phase.length, []).append(name)
-    for which, offset, name in sorted(chosen.after):
-        phase = call.phases[which]
-        drops.setdefault(phase.end - phase.length + offset, []).append(name)
     return Plan(
         tuple(call.steps),
         dict(call.sizes),
@@ -338,6 +351,7 @@ def _plan(call: _Call, chosen: _Drops, streams: Sequence[set[str]] = ()) -> Plan
         tuple(call.rooms),
         call.costs,
         {p.begin: tuple(sorted(s)) for p, s in zip(call.phases, streams, strict=False) if s},
+        late,
     )
 
 
@@ -548,7 +562,7 @@ def _ends_of_all(steps: Sequence[Step], phase: Phase) -> list[tuple[int, str]]:
 
 def _given_up_between(
     call: _Call, streams: Sequence[set[str]], spare: list[int]
-) -> frozenset[_Drop]:
+) -> frozenset[_Choice]:
     """Parts that do not stay until the phase, or the call, in which they are needed again."""
     steps, sizes, found = call.steps, call.sizes, call.phases
     stays: dict[str, list[tuple[int, int, int]]] = {}  # (phase, first, last position in it)
@@ -578,5 +592,5 @@ def _given_up_between(
                 spare[which] -= sizes[name]
         else:
             phase = found[before]
-            given_up.add((before, last - (phase.end - phase.length), name))
+            given_up.add(_Choice(_AFTER, before, last - (phase.end - phase.length), name))
     return frozenset(given_up)
