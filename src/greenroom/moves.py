@@ -90,7 +90,7 @@ class Moves:
             for name in orders.release:
                 if not self._part(name).is_watched:  # else somebody may still change it
                     self._part(name).check()
-            if orders.has_more_room:
+            if orders.settles:
                 self._backend.transfer.settle()
             self._outbox.order(orders.onload)
             self._keep_reserve(room, budget)

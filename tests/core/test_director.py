@@ -22,8 +22,8 @@ from greenroom.core.trace import Step, phases
 class Host:
     """Carries orders out, far ahead of the device: a step is over only if something waited for it.
 
-    It waits for the last step of what it gives up, for every step where there is more room than
-    before, and for all at the end of a call.
+    It waits for the last step of what it gives up, for every step where it is told so, and for all
+    at the end of a call.
     """
 
     director: Director
@@ -52,7 +52,7 @@ class Host:
                 break
         self.there.difference_update(orders.offload)
         assert self.there.issuperset(orders.release), "what is released is there, and stays"
-        if orders.has_more_room:
+        if orders.settles:
             self.running.clear()
         assert self.there.isdisjoint(orders.onload), "what comes was not there"
         self.there.update(orders.onload)
@@ -214,7 +214,7 @@ def test_where_everything_fits_it_is_ordered_at_once_and_then_nothing() -> None:
     director = Director(planned(steps, 30))
     # Nobody knew how much room there was before the first step.
     assert run(director, steps) == [
-        Orders(onload=("a", "b", "c"), has_more_room=True),
+        Orders(onload=("a", "b", "c"), settles=True),
         *[Orders()] * 2,
     ]
     assert director.end_call() == Orders()
@@ -262,7 +262,7 @@ def test_copies_wait_where_there_is_more_room_than_before() -> None:
     steps = [step("a", beside=20), step("b", beside=20), step("c"), step("d")]
     director = Director(planned(steps, 40, {0: "a", 1: "b"}))
     orders = run(director, steps)
-    assert [o.has_more_room for o in orders] == [False, False, True, False]
+    assert [o.settles for o in orders] == [False, False, True, False]
     assert orders[2].onload == ("c", "d")  # beside what b works on there was no room
     # Where nothing is ordered there is nothing to wait for.
     director = Director(planned(steps, 60))
@@ -274,10 +274,61 @@ def test_copies_wait_for_every_step_that_may_still_run_and_has_less_room() -> No
     steps = [step("a", beside=10), step("b"), step("c")]
     director = Director(replace(planned(steps, 30), late={2: {"c"}}))
     orders = run(director, steps)
-    assert orders[1:] == [Orders(), Orders(onload=("c",), has_more_room=True)]
+    assert orders[1:] == [Orders(), Orders(onload=("c",), settles=True)]
     # Where what is there fits in beside a as well, nobody waits.
     director = Director(replace(planned(steps, 60), late={2: {"c"}}))
     assert run(director, steps)[1:] == [Orders(), Orders(onload=("c",))]
+
+
+def test_copies_of_the_next_pipeline_wait_for_the_last_one() -> None:
+    # Nobody waited for the end of a's call, and beside a there is no room for b and c.
+    sizes = {"a": 10, "b": 20, "c": 20}
+    first, second = [step("a", beside=70)], [step("b"), step("c")]
+    host = Host(Director(make_plan(first, sizes, 100, COSTS)), sizes, 100)
+    host.begin_call()
+    host.begin(first[0])
+    host.director.end_call(is_done=False)
+    host.director.follow(make_plan(second, sizes, 100, COSTS))
+    host.begin_call()
+    assert host.begin(second[0]).settles
+    assert host.there == {"a", "b", "c"}
+
+
+@pytest.mark.parametrize("how", ["same", "narrowed", "pressed"])
+def test_copies_wait_for_earlier_steps_also_by_another_plan(how: str) -> None:
+    sizes = {"a": 20, "b": 20, "c": 20}
+    steps = [step("a", beside=60), step("b"), step("c")]
+    plan = replace(make_plan(steps, sizes, 100, COSTS), late={1: {"c"}, 2: {"c"}})
+    host = Host(Director(plan), sizes, 100)
+    host.begin_call()
+    host.begin(steps[0])
+    host.begin(steps[1])
+    director = host.director
+    if how == "pressed":
+        host.carry_out(director.press(90, {"b"}), ("b",))
+    else:
+        director.follow(plan if how == "same" else plan.narrowed(1, 90), at=1)
+    assert host.begin(steps[2]).settles
+
+
+def test_copies_wait_for_what_pressed() -> None:
+    steps = letters("abc")
+    plan = replace(planned(steps, 60, nbytes=20), late={0: {"b", "c"}})
+    host = Host(Director(plan), plan.sizes, 60)
+    host.begin_call()
+    host.begin(steps[0])
+    host.carry_out(host.director.press(20, {"a"}), ("a",))
+    host.running[-1] = replace(steps[0], beside_nbytes=40)  # that was what pressed
+    host.director.follow(plan, at=0)
+    assert host.begin(steps[1]).settles
+
+
+def test_at_the_end_what_the_next_call_needs_last_goes_first() -> None:
+    steps = letters("abc")
+    plan = replace(planned(steps, 5, {0: "a", 1: "b", 2: "c"}), sizes={"a": 4, "b": 1, "c": 3})
+    director = Director(plan)
+    run(director, steps)
+    assert director.end_call() == Orders(offload=("c",), onload=("a",))
 
 
 def test_what_is_late_comes_when_its_step_begins_and_what_follows_before() -> None:

@@ -35,7 +35,7 @@ from greenroom.zoo.tiny import call_kwargs, tiny
 __all__ = ["GOLDEN", "text_of"]
 
 MB = 10**6
-_LEGEND = "# -gives up  ~releases  ^has more room, once all before is over  +sends"
+_LEGEND = "# -gives up  ~releases  ^what comes waits for all before  +sends"
 _LONGEST_ROUND = 100  # steps
 _LINE = 10  # steps; two rounds of fewer are read as easily without a "2 x"
 _WIDTH = 96
@@ -139,7 +139,7 @@ class Orderly:
         """In the order in which they are carried out."""
         moves = [f"-{name}" for name in orders.offload]
         moves += [f"~{name}" for name in orders.release]
-        moves += ["^"] if orders.has_more_room else []
+        moves += ["^"] if orders.settles else []
         moves += [f"+{name}" for name in orders.onload]
         self.steps.append((step, tuple(moves)))
 

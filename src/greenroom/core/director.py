@@ -22,6 +22,7 @@ room, but the plan may also have given something up by then.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Set
@@ -36,13 +37,14 @@ class Orders(NamedTuple):
 
     release: what is given up from now on, but stays until its room is wanted: time to find out
         whether it was changed.
-    has_more_room: there is more room than before, which the last step's activations may still use.
+    settles: what comes has to wait for every step before, of which one that may still run works on
+        so much that there is no room beside it.
     """
 
     offload: tuple[str, ...] = ()
     onload: tuple[str, ...] = ()
     release: tuple[str, ...] = ()
-    has_more_room: bool = False
+    settles: bool = False
 
 
 NOTHING = Orders()
@@ -64,6 +66,7 @@ class Director:
         self._staying: dict[int, dict[str, int]] = {}
         self._staying_nbytes: dict[int, int] = {}
         self._staying_since = -1  # the phase that these were seen from
+        self._least_room: float = math.inf  # of the steps that may still run, by whatever plan
         self.follow(plan)
 
     def follow(self, plan: Plan, *, at: int = -1) -> None:
@@ -79,7 +82,7 @@ class Director:
         self._where: dict[str, list[int]] = dict(where)
         self._opens = [i for i, step in enumerate(plan.steps) if step.opens]
         self._drops = sorted(plan.drops)
-        self._least_room = plan.room(at if at >= 0 else None)  # of the steps that may still run
+        self._least_room = min(self._least_room, plan.room(at if at >= 0 else None))
         self.is_quiet = False
 
     def begin_call(self) -> None:
@@ -155,8 +158,8 @@ class Director:
             if self._fresh and (plan.steps[position].seconds or 0.0) >= _WORTH_A_PAUSE_S:
                 self._fresh.clear()
             self._fetch_ahead(position, arrived, out, room)
-        has_more_room = bool(arrived) and self.resident_nbytes > self._least_room
-        self._least_room = room if has_more_room else min(room, self._least_room)
+        settles = bool(arrived) and self.resident_nbytes > self._least_room
+        self._least_room = room if settles else min(room, self._least_room)
         if not (out or arrived or released):
             return NOTHING
         gone = set(out)
@@ -167,7 +170,7 @@ class Director:
             arrived = [name for name in arrived if name not in stayed]
         if gone:
             released = [name for name in released if name not in gone]
-        return Orders(tuple(out), tuple(arrived), tuple(released), has_more_room)
+        return Orders(tuple(out), tuple(arrived), tuple(released), settles)
 
     def end_call(self, *, is_done: bool = True, room: int | None = None) -> Orders:
         """The call is over; what the next one begins with may come already.
@@ -180,6 +183,8 @@ class Director:
         last = self.position
         arrived: list[str] = []
         out: list[str] = []
+        if is_done:
+            self._least_room = math.inf
         if self.is_at_end:
             self._loosen(last + 1, ())
             self._fresh.clear()  # the host has seen the end of the call
@@ -406,7 +411,7 @@ class Director:
                 given_up.discard(name)
                 self._stays(name)
             lacking = self.resident_nbytes + coming - room
-            if lacking > 0 and not self._give_up_loose(lacking, position, out):
+            if lacking > 0 and not self._give_up_loose(lacking, now, out):
                 break
             for name in missing:
                 self._join(name)

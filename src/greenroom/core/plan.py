@@ -118,13 +118,14 @@ class Plan:
         lines = []
         for which, phase in enumerate(self.phases):
             parts = {name for i in phase.cycle for name in self.steps[i].needs}
-            late = f", {len(self.late[which])} late" if which in self.late else ""
             flows = self.streamed.get(phase.begin, ())
             nbytes = sum(self.sizes[name] for name in parts)
             flowing = sum(self.sizes[name] for name in flows)
+            late = f", {len(self.late[which])} late" if which in self.late else ""
             lines.append(
                 f"{phase.times:4} x {self.steps[phase.begin].part}: {len(parts)} parts, "
-                f"{nbytes / 1e9:.2f} GB, of which {len(flows)} ({flowing / 1e9:.2f} GB) stream{late}"
+                f"{nbytes / 1e9:.2f} GB, of which {len(flows)} ({flowing / 1e9:.2f} GB) stream"
+                f"{late}"
             )
         return "\n".join(lines)
 
@@ -143,8 +144,8 @@ def make_plan(
     where nobody can make room as it turns out: then it is half the budget, or more.
 
     What stays between phases is chosen from a few ways to weigh them, by simulating each; the best
-    is then improved by giving up one part more or less at a time, as long as that is worth it and
-    `_MOST_STEPS` were not simulated yet.
+    is then improved by giving up one part more or less at a time, or having it come late, as long
+    as that is worth it and `_MOST_STEPS` were not simulated yet.
     """
     found = phases(steps)
     rooms = [_room(steps, phase, sizes, budget, unmeasured_nbytes) for phase in found]
@@ -442,7 +443,7 @@ def _streamed(
     """Which parts of a loop stream: the choice that is fastest, then the one that moves least."""
     largest = max(sizes[step.part] for step in cycle)
     if any(step.beside_nbytes is None for step in cycle):
-        return _late(cycle, sizes, capacity - 3 * largest)
+        return _used_last(cycle, sizes, capacity - 3 * largest)
     choices: list[set[str]] = []
     for ring in _RINGS:
         for by_time in (True, False):
@@ -462,7 +463,7 @@ def _streamed(
     return best
 
 
-def _late(cycle: Sequence[Step], sizes: Mapping[str, int], stays: int) -> set[str]:
+def _used_last(cycle: Sequence[Step], sizes: Mapping[str, int], stays: int) -> set[str]:
     """What is used last in a round that was never measured; `stays` bytes are left.
 
     There will be more room in the second round, and time to fill it before these are needed.

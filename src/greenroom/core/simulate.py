@@ -132,7 +132,7 @@ class _Clock:
                         host = over
                     if over + costs.pause_s > start:
                         start = over + costs.pause_s
-                if orders.has_more_room and done > host:
+                if orders.settles and done > host:
                     host = done
                 if orders.onload:
                     self._moved += many * self._send(orders.onload, host)

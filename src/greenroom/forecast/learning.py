@@ -101,7 +101,7 @@ class _Clock:
         """A step begins, and is over."""
         orders = director.begin(replace(step, seconds=None, beside_nbytes=None))
         over = [self._used.get(name, 0.0) for name in orders.offload]
-        if orders.has_more_room:
+        if orders.settles:
             over.append(self.done)
         self._host = max([self._host, *over])
         looked_at = [self._sizes[name] for name in orders.release]
