@@ -26,6 +26,7 @@ from .core.units import format_bytes
 from .device.backend import Backend
 from .errors import DeviceOutOfMemory, UsageError
 from .grant import Budget
+from .interrupts import Uninterrupted
 from .observe.log import Log
 from .within_budget import WithinBudget, locking_bar
 
@@ -89,7 +90,7 @@ class Engine:
 
     def join(self, part: Part, name: str, *, in_sequence: bool) -> str:
         """Take a component in; returns the key it is known by, which is its name made unique."""
-        with self.lock:
+        with self.lock, Uninterrupted():
             self._forget_dropped()
             key = name if name not in self._parts else f"{name}#{next(self._serial)}"
             kin = [other for other, known in self._parts.items() if known.held & part.held]
@@ -115,7 +116,7 @@ class Engine:
 
     def leave(self, key: str) -> None:
         """Send a component home and forget it."""
-        with self.lock:
+        with self.lock, Uninterrupted():
             self.send_home(key)
             part = self._parts.pop(key, None)
             if part is not None and part.within is not None:
@@ -143,7 +144,7 @@ class Engine:
         Raises:
             torch.OutOfMemoryError, WeightsError: it could not be brought there; it is at home then.
         """
-        with self.lock:
+        with self.lock, Uninterrupted():
             if self._dropped:
                 self._forget_dropped()
             part = self._parts[key]
@@ -163,7 +164,7 @@ class Engine:
 
     def left(self, key: str) -> None:
         """A forward of the component has returned; while the device works, the host prepares."""
-        with self.lock:
+        with self.lock, Uninterrupted():
             part = self._parts[key]
             self.log.left(key)
             if part.within is not None:
@@ -178,14 +179,15 @@ class Engine:
 
         `pipeline` and `owner` are for the log: the class, and what tells it from others.
         """
-        with self.lock:
+        with self.lock, Uninterrupted() as uninterrupted:
             if not self._callers:
                 self.log.begin(pipeline, owner, None)
                 self._hand_over(None, 0)
             self._callers.append(None)
             raised: BaseException | None = None
             try:
-                yield
+                with uninterrupted.lifted():
+                    yield
             except BaseException as error:
                 raised = error
                 raise
@@ -199,7 +201,8 @@ class Engine:
                         self.log.end(raised)
                 raised = None  # its traceback holds this frame
             if not self._callers:
-                self._settle_what_was_saved()
+                with uninterrupted.lifted():
+                    self._settle_what_was_saved()
 
     @contextlib.contextmanager
     def call_within(
@@ -219,7 +222,7 @@ class Engine:
         For `kind`, `order`, `casts`, `kept` and `is_watched` see `WithinBudget.begin_call`, for
         `pipeline` and `owner` see `call`. If the call raises, everything goes home.
         """
-        with self.lock:
+        with self.lock, Uninterrupted() as uninterrupted:
             self._forget_dropped()
             is_outermost, is_own = not self._callers, within not in self._callers
             raised: BaseException | None = None
@@ -232,7 +235,8 @@ class Engine:
             try:
                 if is_own:
                     within.begin_call(kind, order, casts=casts, is_watched=is_watched, kept=kept)
-                yield
+                with uninterrupted.lifted():
+                    yield
                 if is_own:
                     self._hand_over(within, 0)
                     if is_outermost:
@@ -241,6 +245,8 @@ class Engine:
                     within.end_call()
                     if not is_outermost:
                         within.send_all_home()
+                    with uninterrupted.lifted():  # what came meanwhile ends this call, not the next
+                        pass
             except BaseException as error:
                 raised = error
                 if is_own:
@@ -291,14 +297,14 @@ class Engine:
 
     def end_call(self) -> None:
         """Send every component home."""
-        with self.lock:
+        with self.lock, Uninterrupted():
             if len(self._callers) <= 1:
                 self._forget_dead_threads()
                 self._carry_out(CallEnded(threading.get_ident()))
 
     def send_home(self, key: str) -> bool:
         """Send one component home; False if it is at work in another thread, and stays."""
-        with self.lock:
+        with self.lock, Uninterrupted():
             part = self._parts.get(key)
             if part is not None and part.within is not None:
                 part.within.send_home(part)
@@ -360,7 +366,8 @@ class Engine:
                 left -= segment.nbytes * (LOCKED_IN_PLACE if segment.may_stay else 1)
                 if left < 0:
                     return
-                part.store.settle(segment)
+                with Uninterrupted():
+                    part.store.settle(segment)
                 bar.update(segment.nbytes)
 
     def _unsettled(self) -> Iterator[tuple[Part, Segment]]:

@@ -15,6 +15,7 @@ from .activations import ActivationWatch, is_compiled
 from .core.expect import and_more, is_near, rest_of_call
 from .core.plan import Plan, make_plan
 from .grant import ACTIVATION_PARTS
+from .interrupts import Uninterrupted
 from .recording import Recording
 
 if TYPE_CHECKING:
@@ -159,7 +160,8 @@ class FirstCall:
             self._recording.look(others)
             self._unpressed = self._unpressed or director.plan
             self._engine.log.because("what a component works on needs room")
-            self._moves.carry_out(director.press(room, needs), (), room, self._budget)
+            with Uninterrupted():
+                self._moves.carry_out(director.press(room, needs), (), room, self._budget)
             backend.restart_peak()
         return self._usable - max(room, director.resident_nbytes) - beside
 

@@ -119,10 +119,13 @@ class Part:
         """Bells on these modules, and on no other but the entrances."""
         if modules is self._hung:
             return
-        self._hung = modules
         for bell in self._bells:
             bell.remove()
-        self._bells = [self._hang(m) for m in modules if id(m) not in self._entrances]
+        self._bells.clear()
+        for module in modules:
+            if id(module) not in self._entrances:
+                self._bells.append(self._hang(module))
+        self._hung = modules
 
     def take_down(self) -> None:
         """No bells any more."""
@@ -135,7 +138,7 @@ class Part:
 
     @_hidden_from_compiler
     def _ring(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        if self._is_copy:
+        if self._is_copy or self._is_down:
             return args, kwargs
         if self._is_left_alone(module):
             return self.bring(args), self.bring(kwargs)

@@ -23,6 +23,7 @@ from .device.walk import walk, why_valueless
 from .engine import Engine
 from .errors import NoAcceleratorError, UsageError, WeightsError
 from .grant import AUTO, Budget, read_budget, refuse_too_small
+from .interrupts import Uninterrupted
 from .known_code import runs_known_code
 from .second_try import original_of
 from .traces import KeptTrace
@@ -89,16 +90,20 @@ def enable_model_cpu_offload(
         stays = set(getattr(pipe, "_exclude_from_cpu_offload", ())) - set(order.names)
         _refuse_too_small(modules, stays, granted, target)
     if before is not None and (before.engine.device, before.budget) == (target, granted):
-        with before.engine.lock:  # another thread's call ends first
+        with before.engine.lock, Uninterrupted():  # another thread's call ends first
             before.order = order
             before.refresh(pipe)
         return
     if before is not None:
-        with before.engine.lock:
+        with before.engine.lock, Uninterrupted():
             before.disable(pipe)
     engine = Engine.of(target)
     with engine.lock:
-        Offloading(engine, order, granted).enable(pipe)
+        offloading = Offloading(engine, order, granted)
+        with Uninterrupted():
+            offloading.enable(pipe)
+        if offloading.within is not None:
+            offloading.within.lock_memory()
 
 
 def disable_model_cpu_offload(pipe: Any) -> None:
@@ -108,7 +113,7 @@ def disable_model_cpu_offload(pipe: Any) -> None:
     """
     state = state_of(pipe)
     if state is not None:
-        with state.engine.lock:
+        with state.engine.lock, Uninterrupted():
             state.disable(pipe)
 
 
@@ -116,7 +121,7 @@ def offload_now(pipe: Any) -> None:
     """Send every component of the pipeline home at once."""
     state = state_of(pipe)
     if state is not None:
-        with state.engine.lock:
+        with state.engine.lock, Uninterrupted():
             state.send_home(pipe)
 
 
@@ -172,8 +177,6 @@ class Offloading:
         _watch_calls(type(pipe))
         _diffusers.bind(pipe)
         self.refresh(pipe)
-        if self.within is not None:
-            self.within.lock_memory()
 
     def refresh(self, pipe: Any) -> None:
         """Components that came, went or were replaced since are taken in.
@@ -397,6 +400,11 @@ def _refuse_meta(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _target(gpu_id: int | None, device: Any, before: Offloading | None) -> torch.device:
+    if isinstance(gpu_id, str):
+        raise UsageError(
+            f"gpu_id={gpu_id!r} is no device's index, which is a number. For device memory pass "
+            f"budget={gpu_id!r}, for a device device={gpu_id!r}"
+        )
     is_vague = device is None or torch.device(device).type == "cpu"
     if before is not None and gpu_id is None and is_vague:
         # No device, or the cpu that textual inversion passes by mistake: the one from before.
@@ -539,7 +547,8 @@ def _watch_calls(cls: type) -> None:
             )
         with state.call(self, args, kwargs):
             if state_of(self) is state:  # else it was disabled while this thread waited
-                state.refresh(self)
+                with Uninterrupted():
+                    state.refresh(self)
             return original(self, *args, **kwargs)
 
     __call__._greenroom_watches = True  # type: ignore[attr-defined]

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from .errors import DeviceOutOfMemory
+from .interrupts import Uninterrupted
 
 if TYPE_CHECKING:
     from .device.backend import Backend
@@ -71,7 +72,8 @@ def _tried(
     except DeviceOutOfMemory:
         raise
     except torch.OutOfMemoryError as error:
-        within.make_room(part)
+        with Uninterrupted():
+            within.make_room(part)
         if (
             within.came_home_nbytes != came_home
             or not before.is_unchanged()
@@ -80,7 +82,8 @@ def _tried(
             raise within.refusal(part.store.name, error) from error
     # Not in the handler: the error's traceback holds what the first try worked on.
     before.restore()
-    within.need(part, enters=True)
+    with Uninterrupted():
+        within.need(part, enters=True)
     try:
         result = original(*args, **kwargs)
     except DeviceOutOfMemory:

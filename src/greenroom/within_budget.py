@@ -24,6 +24,7 @@ from .core.units import format_bytes
 from .errors import DeviceOutOfMemory
 from .first_call import NOBODY_FORESEES, FirstCall
 from .grant import AUTO, Budget, free_now, largest_step, smallest_for
+from .interrupts import Uninterrupted
 from .known_calls import KnownCalls
 from .moves import Moves
 from .recording import Timing
@@ -100,7 +101,8 @@ class WithinBudget:
         """Page-lock the weights of every part, so that no call has to."""
         with locking_bar() as bar:
             for part in self._moves.in_order:
-                part.store.settle_all()
+                with Uninterrupted():
+                    part.store.settle_all()
                 bar.update(part.store.nbytes)
 
     def grant_anew(self) -> None:

@@ -328,6 +328,7 @@ def test_c7_what_cannot_be_meant_is_refused_before_anything_is_touched(two_devic
         (ValueError, "device='cpu' is no place to offload to", (None, "cpu")),
         (ValueError, "device='cpu' is no place to offload to", (0, torch.device("cpu"))),
         (ValueError, "gpu_id=-1 is no device's index", (-1,)),
+        (ValueError, "gpu_id='8GiB' is no device's index, which is a number", ("8GiB",)),
         (RuntimeError, "device='cuda' was asked for, and torch finds no such", (None, "cuda")),
         (RuntimeError, "device='meta' was asked for, and torch finds no such", (None, "meta")),
     ):

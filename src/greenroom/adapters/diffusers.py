@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
+from ..interrupts import Uninterrupted
 
 if TYPE_CHECKING:
     from ..pipeline import Offloading
@@ -220,7 +221,8 @@ def _watch_device(cls: type) -> None:
         state = state_of(self)
         if state is None:
             return original(self)
-        state.take_in(self)
+        with Uninterrupted():
+            state.take_in(self)
         return state.engine.device
 
     _execution_device._greenroom_watches = True  # type: ignore[attr-defined]
