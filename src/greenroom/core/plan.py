@@ -270,7 +270,8 @@ class _Trials:
             for end in ends
             for what in ((_AFTER, _WITHIN) if self._call.phases[end[0]].times > 1 else (_AFTER,))
         ]
-        single += [_Choice(_LATE, which, 0, name) for which, _, name in ends]
+        # What a call begins with is never late: it may come before, in the pause between two calls.
+        single += [_Choice(_LATE, which, 0, name) for which, _, name in ends if which > 0]
         changes = itertools.chain(
             ((change,) for change in single), itertools.combinations(single, 2)
         )
