@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +25,14 @@ from greenroom.zoo import call_kwargs, tiny
 OURS = str(Path(greenroom.__file__).parent)
 CORE = str(Path(greenroom.__file__).parent / "core")  # plans take millions of lines, move nothing
 SAMPLES = 30
+
+
+@pytest.fixture(autouse=True)
+def pythons_own_handler() -> Iterator[None]:
+    """Also where pytest's worker ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class CtrlC:
