@@ -245,8 +245,6 @@ class Engine:
                     within.end_call()
                     if not is_outermost:
                         within.send_all_home()
-                    with uninterrupted.lifted():  # what came meanwhile ends this call, not the next
-                        pass
             except BaseException as error:
                 raised = error
                 if is_own:
@@ -301,6 +299,20 @@ class Engine:
             if len(self._callers) <= 1:
                 self._forget_dead_threads()
                 self._carry_out(CallEnded(threading.get_ident()))
+
+    def give_up(self, within: WithinBudget) -> None:
+        """Ctrl-C came before a call began, or as it ended: what waits for the next one goes home.
+
+        A call of another thread's is not waited for, and goes on.
+        """
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
+            with Uninterrupted():
+                if not self._callers:
+                    within.send_all_home()
+        finally:
+            self.lock.release()
 
     def send_home(self, key: str) -> bool:
         """Send one component home; False if it is at work in another thread, and stays."""

@@ -313,12 +313,13 @@ def attach(
     from .hooks import OffloadHook
 
     hook = hook_of(module)
-    if hook is not None:
-        if hook.engine is engine and hook.within is within:
-            return
-        detach(module)
-    hook = OffloadHook(engine, module, name, in_sequence=in_sequence, within=within)
-    add_hook_to_module(module, hook)
+    if hook is not None and hook.engine is engine and hook.within is within:
+        return
+    with engine.lock, Uninterrupted():
+        if hook is not None:
+            detach(module)
+        hook = OffloadHook(engine, module, name, in_sequence=in_sequence, within=within)
+        add_hook_to_module(module, hook)
 
 
 def detach(module: nn.Module) -> None:
@@ -536,8 +537,7 @@ def _watch_calls(cls: type) -> None:
     if not cls.__flags__ & 1 << 9:  # Py_TPFLAGS_HEAPTYPE: a dict's class cannot be given a method
         return
 
-    @functools.wraps(original)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def called(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         state = state_of(self)
         if state is None:
             return original(self, *args, **kwargs)
@@ -547,9 +547,18 @@ def _watch_calls(cls: type) -> None:
             )
         with state.call(self, args, kwargs):
             if state_of(self) is state:  # else it was disabled while this thread waited
-                with Uninterrupted():
-                    state.refresh(self)
+                state.refresh(self)
             return original(self, *args, **kwargs)
+
+    @functools.wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return called(self, args, kwargs)
+        except BaseException as error:
+            state = state_of(self)
+            if not isinstance(error, Exception) and state is not None and state.within is not None:
+                state.engine.give_up(state.within)
+            raise
 
     __call__._greenroom_watches = True  # type: ignore[attr-defined]
     setattr(cls, "__call__", __call__)  # noqa: B010

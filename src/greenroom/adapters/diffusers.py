@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..errors import UsageError
-from ..interrupts import Uninterrupted
 
 if TYPE_CHECKING:
     from ..pipeline import Offloading
@@ -221,8 +220,7 @@ def _watch_device(cls: type) -> None:
         state = state_of(self)
         if state is None:
             return original(self)
-        with Uninterrupted():
-            state.take_in(self)
+        state.take_in(self)
         return state.engine.device
 
     _execution_device._greenroom_watches = True  # type: ignore[attr-defined]

@@ -37,8 +37,8 @@ class Orders(NamedTuple):
 
     release: what is given up from now on, but stays until its room is wanted: time to find out
         whether it was changed.
-    settles: what comes has to wait for every step before, of which one that may still run works on
-        so much that there is no room beside it.
+    settles: what comes has to wait until every step before is over: beside one that may still run
+        there is no room for it.
     """
 
     offload: tuple[str, ...] = ()
