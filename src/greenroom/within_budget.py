@@ -152,6 +152,7 @@ class WithinBudget:
             else:
                 part.trust()
         self._moves.outside_nbytes = self.engine.backend.allocated_bytes() - self._moves.ours_nbytes
+        self.engine.log.finds(self._moves.outside_nbytes)
         self._before = self._moves.sizes
         self._kept = kept
         if self._timing is not None:
@@ -227,7 +228,6 @@ class WithinBudget:
         is_done = not self.engine.backend.is_busy()
         first, self._first = self._first, None
         if first is not None and first.is_empty:
-            self.engine.backend.restore_peak()
             self._expect_changes()
             return
         is_as_planned = first is not None or not director.deviations
@@ -237,7 +237,6 @@ class WithinBudget:
             self._send_replaced_home()  # the decoder, cast for its work, say
         if first is not None:
             plan = first.plan_next()
-            self.engine.backend.restore_peak()
             self.known.learn(self._key, plan, self._before, self._kept)
             self._warn_if_exceeded(plan.steps)
             logger.info("plan for the next call within %d bytes:\n%s", self.budget, plan)

@@ -15,7 +15,7 @@ from torch import nn
 
 import greenroom
 import greenroom.sim as sim
-from greenroom.observe.events import Offloaded, Onloaded, Ran
+from greenroom.observe.events import Call, Offloaded, Onloaded, Ran
 from greenroom.observe.log import Log
 from greenroom.pipeline import hook_of, state_of
 
@@ -304,6 +304,43 @@ def test_peaks_of_torch_are_what_they_would_be_without_a_log() -> None:
     assert torch.sim.max_memory_allocated() >= 64 * MIB
     peak = call_of(pipe).peak_nbytes
     assert peak is not None and 4 * MIB < peak < 5 * MIB
+
+
+def test_peaks_of_a_call_that_is_measured_step_by_step_are_its_own() -> None:
+    pipe = chain(budget="6MiB")
+    big = torch.empty(64 * MIB, dtype=torch.uint8, device="sim")
+    del big
+    for _ in range(2):
+        pipe(inputs())
+        peak = call_of(pipe).peak_nbytes
+        assert peak is not None and 4 * MIB < peak < 6 * MIB
+        assert torch.sim.max_memory_allocated() >= 64 * MIB  # it is not restarted
+    big = torch.empty(64 * MIB, dtype=torch.uint8, device="sim")
+    greenroom.disable_model_cpu_offload(pipe)
+    greenroom.enable_model_cpu_offload(pipe, device="sim", budget="6MiB")
+    del big
+    with sim.measure() as cost:
+        pipe(inputs())
+    assert 4 * MIB < cost.peak_bytes < 6 * MIB
+
+
+def test_what_others_have_on_the_device_is_not_of_the_budget() -> None:
+    def calls() -> list[Call]:
+        pipe = chain(budget="6MiB")
+        found = []
+        for _ in range(3):
+            pipe(inputs())
+            found.append(call_of(pipe))
+            assert "exceeded" not in str(greenroom.report(pipe))
+        return found
+
+    alone = calls()
+    gc.collect()
+    others = torch.empty(4 * MIB, dtype=torch.uint8, device="sim")
+    for one, other in zip(alone, calls(), strict=True):
+        assert other.others_nbytes == one.others_nbytes + others.nbytes
+        assert one.peak_nbytes is not None
+        assert other.peak_nbytes == one.peak_nbytes + others.nbytes
 
 
 def test_each_decision_is_a_line_that_says_why(caplog: pytest.LogCaptureFixture) -> None:

@@ -35,6 +35,7 @@ class Backend:
         # By the id of a tensor on the device: whose it is. A component that is dropped while it is
         # there goes, and its entries with it.
         self.resident: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+        self._newest = 0  # since it was last asked for
         self._highest = self._highest_reserved = 0
         self._seen = 0
         self._module: Any = torch.get_device_module(device)
@@ -146,27 +147,32 @@ class Backend:
 
     def restart_peak(self) -> int:
         """The peak of allocated bytes since the last restart; counting begins anew."""
-        peak = int(self._module.max_memory_allocated(self.device))
-        self._highest = max(self._highest, peak)
         if self.device.type == "sim":
-            reserved = int(self._module.max_memory_reserved(self.device))
-            self._highest_reserved = max(self._highest_reserved, reserved)
+            return self._take_peak()
+        peak = int(self._module.max_memory_allocated(self.device))
         self._module.reset_peak_memory_stats(self.device)
         return peak
+
+    def _take_peak(self) -> int:
+        """The simulator's, which counts beside torch's statistics."""
+        from ..sim.control import take_peak
+
+        taken, reserved = take_peak(self.device.index)
+        self._newest = max(self._newest, taken)
+        self._highest = max(self._highest, taken)
+        self._highest_reserved = max(self._highest_reserved, reserved)
+        return taken
 
     def newest_peak(self) -> int | None:
         """The peak of allocated bytes since this was last asked, if that can be told.
 
-        torch's statistics are the user's: they are restarted only where `restore_peak` can put them
-        back. Elsewhere only a new maximum tells, and else the answer is None.
+        torch's statistics are the user's, and are left alone: only a new maximum of theirs tells,
+        and else the answer is None. The simulator's own peak is put back by `restore_peak`.
         """
         if self.device.type == "sim":
-            from ..sim.control import take_peak
-
-            taken, reserved = take_peak(self.device.index)
-            self._highest = max(self._highest, taken)
-            self._highest_reserved = max(self._highest_reserved, reserved)
-            return taken
+            self._take_peak()
+            newest, self._newest = self._newest, 0
+            return newest
         if not hasattr(self._module, "max_memory_allocated"):
             return None
         peak, before = int(self._module.max_memory_allocated(self.device)), self._seen

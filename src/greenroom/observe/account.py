@@ -267,7 +267,7 @@ def _advice(report: Report) -> list[str]:
             f"({names})."
         )
     if call.budget is not None and call.peak_nbytes is not None:
-        spare = call.budget - call.peak_nbytes
+        spare = call.budget + call.others_nbytes - call.peak_nbytes
         if spare < 0:
             found.append(
                 f"The budget was exceeded by {format_bytes(-spare)}, at {call.peak_part}: a single "

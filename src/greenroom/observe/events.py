@@ -115,7 +115,9 @@ class Call:
             (parts that are sent, host memory that is page-locked) is not in it.
         resident: bytes of what was on the device when it began, by part.
         peak_nbytes: most device memory in use. None where that was not measured: torch's own
-            statistics are never restarted, so that on a GPU only a new maximum tells.
+            statistics are not restarted for it, so that on a GPU only a new maximum tells.
+        others_nbytes: of these, what was there when it began and is no weight of ours; a budget is
+            not for it. 0 without one.
         peak_part: what ran then.
         peak_s: when that began to run.
         events: what happened, in the order in which it was asked for.
@@ -135,6 +137,7 @@ class Call:
     events: tuple[Event, ...] = ()
     missed: int = 0
     is_first: bool = False
+    others_nbytes: int = 0
 
     @property
     def runs(self) -> tuple[Ran, ...]:

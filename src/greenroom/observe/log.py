@@ -142,6 +142,7 @@ class _Raw:
     outcome: str = "running"
     peak: tuple[int, _Run] | None = None
     is_by_step: bool = False  # it is learned: others measure the memory that each step takes
+    others_nbytes: int | None = None  # on the device when it began, and no weights of ours
 
     @property
     def is_outside(self) -> bool:
@@ -211,6 +212,11 @@ class Log:
         self._calls.append(call)
         self._run, self._bringing, self._stream = None, None, None
         return call
+
+    def finds(self, others_nbytes: int) -> None:
+        """So much is on the device as a call within a budget begins that is no weight of ours."""
+        if self._open is not None and self._open.others_nbytes is None:
+            self._open.others_nbytes = others_nbytes
 
     def returns(self) -> None:
         """The call is over; what follows, until `end`, is for the next one."""
@@ -497,6 +503,7 @@ def _read(call: _Raw, device: str) -> Call:
         tuple(reversed(events)),
         call.missed,
         call.is_by_step,
+        call.others_nbytes or 0,
     )
 
 
@@ -517,7 +524,7 @@ def _summed_peak(call: _Raw) -> tuple[int | None, _Run | None]:
                 resident.pop(part, None)
             continue
         if run is not None and run.beside_nbytes is not None:
-            taken = sum(resident.values()) + run.beside_nbytes
+            taken = sum(resident.values()) + run.beside_nbytes + (call.others_nbytes or 0)
             if most[0] is None or taken > most[0]:
                 most = (taken, run)
         run = entry
