@@ -28,6 +28,7 @@ from .errors import DeviceOutOfMemory, UsageError
 from .grant import Budget
 from .interrupts import Uninterrupted
 from .observe.log import Log
+from .second_try import refusal_without_budget
 from .within_budget import WithinBudget, locking_bar
 
 if TYPE_CHECKING:
@@ -190,6 +191,9 @@ class Engine:
                     yield
             except BaseException as error:
                 raised = error
+                if len(self._callers) == 1 and _is_torch_refusal(error):
+                    raised = refusal_without_budget(pipeline, self.device, error)
+                    raise raised from error
                 raise
             finally:
                 self._callers.pop()

@@ -196,13 +196,29 @@ def _sets_attributes(code: types.CodeType | None) -> bool:
     )
 
 
+def refusal_without_budget(
+    pipeline: str, device: torch.device, error: BaseException
+) -> DeviceOutOfMemory:
+    """What to tell about a call that found no room, one component at a time."""
+    return DeviceOutOfMemory(
+        f"a call of {pipeline} found no room on {device}: {_said(error)}. Without a budget a whole "
+        "component is there at a time. Give it a budget (budget='8GiB', say, of what is free), "
+        "within which weights stream, or make the call smaller"
+    )
+
+
+def _said(error: BaseException) -> str:
+    """The beginning of torch's message: how much was asked for."""
+    return str(error).partition("\n")[0].partition(". GPU")[0].rstrip(".")
+
+
 def refusal_of(
     within: WithinBudget, name: str, error: BaseException, *, free_nbytes: int, is_alone: bool
 ) -> DeviceOutOfMemory:
     """What to tell about a part that found no room."""
     from .core.units import format_bytes
 
-    said = str(error).partition("\n")[0].partition(". GPU")[0].rstrip(".")
+    said = _said(error)
     other = ", also alone on the device" if is_alone else ""
     return DeviceOutOfMemory(
         f"{name!r} found no room on {within.engine.device}{other}: {said}. The budget is "

@@ -80,8 +80,10 @@ def test_every_device_allocation_of_a_call_can_fail() -> None:
         sim.fail("device_alloc", n)
         try:
             pictures = result(pipe, "sd")
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             failures += 1
+            assert isinstance(error, greenroom.DeviceOutOfMemory)
+            assert "found no room on sim:0" in str(error) and "Give it a budget" in str(error)
             assert weights_on_device(pipe) == []
         else:
             assert torch.equal(pictures, expected)
