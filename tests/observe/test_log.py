@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
 import logging
@@ -376,11 +375,15 @@ def test_the_log_knows_what_is_on_the_device_whatever_fails(budget: str | None) 
     pipe = chain(budget=budget)
     for nth in range(1, 12):
         sim.fail("device_alloc", nth)
-        with contextlib.suppress(torch.OutOfMemoryError):
+        outcome = "returned"
+        try:
             pipe(inputs())
+        except torch.OutOfMemoryError as error:
+            assert isinstance(error, greenroom.DeviceOutOfMemory)
+            outcome = "raised DeviceOutOfMemory"
         assert log_of(pipe)._resident == there(pipe)
         call = call_of(pipe)
-        assert call.outcome in ("returned", "raised OutOfMemoryError")
+        assert call.outcome == outcome
         now = dict(call.resident)
         for event in call.events:
             if isinstance(event, Onloaded):
