@@ -165,11 +165,12 @@ class Engine:
 
     def left(self, key: str) -> None:
         """A forward of the component has returned; while the device works, the host prepares."""
-        with self.lock, Uninterrupted():
+        with self.lock:
             part = self._parts[key]
             self.log.left(key)
             if part.within is not None:
-                part.within.left(part)
+                with Uninterrupted():
+                    part.within.left(part)
                 return
             self.machine.handle(Left(key, threading.get_ident()))
             self._settle_while_busy()
@@ -371,7 +372,8 @@ class Engine:
                 self._is_settled = True
                 return
             part, segment = found
-            part.store.settle(segment)
+            with Uninterrupted():
+                part.store.settle(segment)
             left -= segment.nbytes * (LOCKED_IN_PLACE if segment.may_stay else 1)
 
     def _settle_what_was_saved(self) -> None:

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from threading import get_ident
 from types import TracebackType
 from typing import Any
 
 _MAIN = threading.main_thread().ident
+_SIGINT = int(signal.SIGINT)
+# What `signal` itself calls, if it is CPython's: to make enums of the answers takes far longer.
+_fast: Any = sys.modules.get("_signal", signal)
+_get, _set = _fast.getsignal, _fast.signal
 
 
 class _CtrlC:
@@ -23,32 +29,33 @@ class _CtrlC:
     def __init__(self) -> None:
         self.handler: Callable[..., Any] | None = None  # before which it stands
         self.depth = 0  # of blocks that it has to wait for
-        self._came: tuple[Any, ...] | None = None
+        self.came: tuple[Any, ...] | None = None
+        self._own = self._handle
 
     def take(self) -> bool:
         """Whether it stands there from now on, and did not before."""
-        handler = signal.getsignal(signal.SIGINT)
-        if handler == self._handle or not callable(handler):
+        handler = _get(_SIGINT)
+        if handler is self._own or not callable(handler):
             return False
         self.handler = handler
-        signal.signal(signal.SIGINT, self._handle)
+        _set(_SIGINT, self._own)
         return True
 
     def give_back(self) -> None:
-        if signal.getsignal(signal.SIGINT) == self._handle:  # else somebody has taken it since
-            signal.signal(signal.SIGINT, self.handler)
+        if _get(_SIGINT) is self._own:  # else somebody has taken it since
+            _set(_SIGINT, self.handler)
 
     def hand_on(self) -> None:
         """What has come meanwhile, if nothing has to wait any more."""
-        if self._came is None or self.depth > 0:
+        if self.came is None or self.depth > 0:
             return
-        came, self._came = self._came, None
+        came, self.came = self.came, None
         if self.handler is not None:
             self.handler(*came)
 
     def _handle(self, *signal_and_frame: Any) -> None:
         if self.depth > 0:
-            self._came = signal_and_frame
+            self.came = signal_and_frame
         elif self.handler is not None:
             self.handler(*signal_and_frame)
 
@@ -63,12 +70,14 @@ class Uninterrupted:
     nothing: there it raises nothing either.
     """
 
-    __slots__ = ("_is_first",)
+    __slots__ = ("_is_first", "_is_main")
 
     def __enter__(self) -> Uninterrupted:
+        self._is_main = get_ident() == _MAIN
         self._is_first = False
-        if threading.get_ident() == _MAIN:
-            self._is_first = not _ctrl_c.depth and _ctrl_c.take()
+        if self._is_main:
+            if not _ctrl_c.depth:
+                self._is_first = _ctrl_c.take()
             _ctrl_c.depth += 1
         return self
 
@@ -78,11 +87,13 @@ class Uninterrupted:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if threading.get_ident() != _MAIN:
+        if not self._is_main:
             return
-        _ctrl_c.depth = max(0, _ctrl_c.depth - 1)
+        if _ctrl_c.depth:  # else it was lifted, and what lifted it was interrupted
+            _ctrl_c.depth -= 1
         try:
-            _ctrl_c.hand_on()
+            if _ctrl_c.came is not None:
+                _ctrl_c.hand_on()
         finally:
             if self._is_first:
                 _ctrl_c.give_back()
@@ -90,7 +101,7 @@ class Uninterrupted:
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
         """Inside of it Ctrl-C comes as ever, as does what has come before."""
-        if threading.get_ident() != _MAIN:
+        if not self._is_main:
             yield
             return
         depth = _ctrl_c.depth

@@ -18,11 +18,13 @@ from offload.test_threads import on_device
 
 import greenroom
 import greenroom.sim as sim
+from greenroom.core import director, plan, simulate, trace
 from greenroom.interrupts import Uninterrupted
 from greenroom.zoo import call_kwargs, tiny
 
 OURS = str(Path(greenroom.__file__).parent)
-CORE = str(Path(greenroom.__file__).parent / "core")  # plans take millions of lines, move nothing
+# Plans take millions of lines, and move nothing.
+PLANNING = {plan.__file__, simulate.__file__, director.__file__, trace.__file__}
 SAMPLES = 30
 
 
@@ -52,7 +54,7 @@ class CtrlC:
     def _call(self, frame: FrameType, *_: Any) -> Any:
         name = frame.f_code.co_filename
         # Before the first line of the pipeline's own `__call__` nothing has begun.
-        is_left_out = name.startswith(CORE) or frame.f_code.co_name == "__call__"
+        is_left_out = name in PLANNING or frame.f_code.co_name == "__call__"
         return self._line if name.startswith(OURS) and not is_left_out else None
 
     def run(self, function: Callable[[], Any]) -> bool:
